@@ -1,0 +1,151 @@
+"""The commands, and the one place that prints an error and exits."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from alignctl import __version__
+from alignctl.cli import training
+from alignctl.errors import AlignctlError, Interrupted, Problem
+
+app = typer.Typer(
+    name="alignctl",
+    help="Align language models on one GPU, from one recipe.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+recipes = typer.Typer(help="The built-in recipes.", invoke_without_command=True)
+app.add_typer(recipes, name="recipes")
+
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a built-in one.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. training.learning_rate=1e-5 dpo.beta=0.05")
+]
+Output = Annotated[Path | None, typer.Option("--output", help="The run's folder.  [default: runs/NAME]")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run's folder.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that the folder holds.")]
+Smoke = Annotated[bool, typer.Option("--smoke", help="The same code on a tiny stand-in and a few rows; no network.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Align language models on one GPU, from one recipe."""
+
+
+@app.command()
+def sft(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    output: Output = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    smoke: Smoke = False,
+    debug: Debug = False,
+) -> None:
+    """Supervised fine-tuning."""
+    training.command("sft", recipe, overrides, output, resume=resume, overwrite=overwrite, smoke=smoke)
+
+
+@app.command()
+def dpo(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    output: Output = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    smoke: Smoke = False,
+    debug: Debug = False,
+) -> None:
+    """Direct Preference Optimization."""
+    training.command("dpo", recipe, overrides, output, resume=resume, overwrite=overwrite, smoke=smoke)
+
+
+@app.command()
+def orpo(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    output: Output = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    smoke: Smoke = False,
+    debug: Debug = False,
+) -> None:
+    """Odds Ratio Preference Optimization."""
+    training.command("orpo", recipe, overrides, output, resume=resume, overwrite=overwrite, smoke=smoke)
+
+
+@recipes.callback()
+def list_recipes(context: typer.Context) -> None:
+    """List the built-in recipes."""
+    if context.invoked_subcommand is None:
+        from alignctl.cli import catalogue
+
+        catalogue.show_all()
+
+
+@recipes.command("show")
+def show_recipe(name: Annotated[str, typer.Argument(help="A built-in recipe.")]) -> None:
+    """Print a built-in recipe."""
+    from alignctl.recipe import catalog
+
+    typer.echo(catalog.entry(name).path.read_text(encoding="utf-8"), nl=False)
+
+
+@recipes.command("copy")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(help="A built-in recipe.")],
+    destination: Annotated[Path, typer.Argument(help="A file or folder.")] = Path(),
+) -> None:
+    """Copy a built-in recipe, to change it."""
+    from alignctl.recipe import catalog
+
+    typer.echo(catalog.copy(name, destination))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe, for editors."""
+    from alignctl.recipe.document import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+def main() -> None:
+    """Run the command line; the exit codes are those of `alignctl.errors`."""
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except AlignctlError as error:
+        _report(debug, *error.problems)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _report(debug, Problem("run", "stopped by SIGINT"))
+        sys.exit(Interrupted(signal.SIGINT).exit_code)
+    except Exception as error:  # noqa: BLE001 (a bug of ours must not look like a wall of text)
+        where = f"{type(error).__name__}"
+        _report(debug, Problem(where, str(error).strip() or "no message", "a bug; run again with --debug and report it"))
+        sys.exit(1)
+
+
+def _report(debug: bool, *problems: Problem) -> None:
+    if debug:
+        traceback.print_exc()
+    for problem in problems:
+        print(f"alignctl: {problem}", file=sys.stderr)

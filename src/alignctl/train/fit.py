@@ -1,0 +1,283 @@
+"""Run a recipe: prepare, train, save, summarise. Errors of the libraries are translated here and nowhere else."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError
+from transformers import Trainer
+
+from alignctl import rundir
+from alignctl.errors import AlignctlError, DivergedError, Interrupted, MachineError, Problem, RecipeError
+from alignctl.evaluate import scores
+from alignctl.recipe.load import Loaded
+from alignctl.recipe.schema import Recipe
+from alignctl.rundir import RunDir
+from alignctl.train import card, data, dpo, facts, heldout, machine, orpo, sft, standin
+from alignctl.train import model as models
+from alignctl.train.data import Rows
+from alignctl.train.display import Display
+from alignctl.train.guards import Finite, Signals
+from alignctl.train.parts import Parts
+from alignctl.train.record import Checkpoints, Metrics, flush
+
+BUILD: dict[str, Callable[[Recipe, Parts], Trainer]] = {"sft": sft.build, "dpo": dpo.build, "orpo": orpo.build}
+PACKAGES = ("alignctl", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, assembled: what trains, on what, and where it is written."""
+
+    recipe: Recipe
+    parts: Parts
+    trainer: Trainer
+    train: Rows
+    eval: Rows | None
+    run: RunDir
+    display: Display
+
+    def measure(self, when: str) -> None:
+        """Score the held-out rows and answer the held-out prompts; kept in the run folder under `when`."""
+        if self.eval is None or (self.run / "logs" / f"{when}.json").exists():
+            return
+        with self.display.waiting(f"held-out rows {when} training"):
+            loss = self.trainer.evaluate()["eval_loss"]
+            scored = heldout.score(self.trainer, self.recipe, self.eval)
+            answers = heldout.answers(self.trainer, self.recipe, self.parts.encoder, self.eval)
+        rundir.write_json(
+            self.run / "logs" / f"{when}.json",
+            {"loss": loss, "scores": scored.as_lists(), "answers": [vars(answer) for answer in answers]},
+        )
+
+
+def fit(loaded: Loaded, run: RunDir, display: Display, *, smoke: bool, resume: Path | None) -> None:
+    """Train `loaded` into `run`; `resume` is a checkpoint to go on from.
+
+    Raises:
+        AlignctlError: whatever went wrong, already written to run.json.
+    """
+    signals = Signals()
+    began = time.monotonic()
+    try:
+        with signals.caught(), translated(run):
+            job = assemble(loaded, run, display, smoke=smoke)
+            train(job, signals, resume)
+            finish(job, began)
+    except (AlignctlError, KeyboardInterrupt) as error:
+        stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+        run.update(status="interrupted" if stopped else "failed", why=str(error), ended=rundir.now())
+        raise
+
+
+def assemble(loaded: Loaded, run: RunDir, display: Display, *, smoke: bool) -> Job:
+    """Everything up to the first step: device, stand-ins, tokens, ledger, trainer."""
+    where = machine.detect()
+    if smoke:
+        recipe, line = standin.stand_in(loaded.recipe, run / "stand-in")
+        display.say(line)
+        recipe = _computable(recipe, where)
+        loaded = replace(loaded, recipe=recipe)
+    recipe = loaded.recipe
+    precision = where.precision(recipe.model.dtype)
+    rundir.write_text(run / "recipe.yaml", facts.recipe_text(loaded))
+    with display.waiting("reading and tokenizing rows"):
+        encoder = models.load_encoder(recipe)
+        train_rows, eval_rows = data.prepare(recipe, encoder)
+    parts = [("train", train_rows), ("eval", eval_rows)]
+    ledger = {name: rows.summary() for name, rows in parts if rows is not None}
+    rundir.write_json(run / "ledger.json", ledger)
+    held_out = eval_rows.dataset() if eval_rows else None
+    built = Parts(where, precision, encoder, train_rows.dataset(), held_out, run.path)
+    with display.waiting(f"loading {recipe.model.name_or_path}"):
+        trainer = BUILD[recipe.method](recipe, built)
+    run.update(**facts.record(recipe, built, trainer), versions=_versions(), git=_git(), data=_fingerprints(ledger))
+    display.facts(facts.table(recipe, built, trainer, train_rows, eval_rows))
+    for notice in facts.notices(recipe, built):
+        display.say(f"note: {notice}")
+    return Job(recipe, built, trainer, train_rows, eval_rows, run, display)
+
+
+def _computable(recipe: Recipe, where: machine.Machine) -> Recipe:
+    """A smoke run computes in what the machine has."""
+    try:
+        where.precision(recipe.model.dtype)
+    except MachineError:
+        return recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": "auto"})})
+    return recipe
+
+
+def train(job: Job, signals: Signals, resume: Path | None) -> None:
+    """Measure, train, and measure again.
+
+    Raises:
+        Interrupted: a signal came; the checkpoint is saved.
+    """
+    checkpoints = Checkpoints(job.run, job.recipe.training.save_total_limit)
+    shown = Metrics(job.run, job.parts.machine, len(job.train.encoded), job.display.step)
+    for callback in (Finite(), shown, checkpoints, signals):
+        job.trainer.add_callback(callback)
+    job.measure("before")
+    try:
+        with job.display.training("step"):
+            job.trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    finally:
+        checkpoints.tidy()
+    if signals.received is not None:
+        last = job.run.checkpoints()[-1].name
+        raise Interrupted(
+            signals.received,
+            Problem(str(job.run.path), f"stopped by a signal; checkpoint {last} is saved",
+                    f"{job.run.record['command']} --resume"),
+        )
+    job.measure("after")
+
+
+def finish(job: Job, began: float) -> None:
+    """Save the model, write what came out, and only then call the run finished."""
+    save(job)
+    summary, samples = outcome(job)
+    rundir.write_json(job.run / "summary.json", summary)
+    rundir.write_jsonl(job.run / "samples.jsonl", samples)
+    rundir.write_text(job.run / "model" / "README.md", card.text(job.recipe, job.run.record, summary))
+    shutil.rmtree(job.run / "stand-in", ignore_errors=True)
+    seconds = round(time.monotonic() - began, 1)
+    job.run.update(status="finished", ended=rundir.now(), seconds=seconds)
+    facts.closing(job.display, job.run, summary, samples, seconds)
+
+
+def save(job: Job) -> None:
+    """Write `model/` whole or not at all: weights or adapter, tokenizer, template, generation config."""
+    beside = job.run / "model.writing"
+    shutil.rmtree(beside, ignore_errors=True)
+    model = job.trainer.accelerator.unwrap_model(job.trainer.model)
+    if job.recipe.trains_adapter:
+        model.save_pretrained(beside, selected_adapters=["default"])
+        model.generation_config.save_pretrained(beside)
+    else:
+        model.save_pretrained(beside)
+    job.parts.encoder.tokenizer.save_pretrained(beside)
+    _check_finite(model)
+    flush(beside)
+    beside.rename(job.run / "model")
+
+
+def _check_finite(model: torch.nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            raise DivergedError(Problem("model", f"{name} holds values that are not finite", "lower the learning rate"))
+
+
+def outcome(job: Job) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """summary.json and the rows of samples.jsonl."""
+    if job.eval is None:
+        return {"method": job.recipe.method, "verdict": "not measured: the recipe holds no rows out"}, []
+    kept = {when: rundir.read_json(job.run / "logs" / f"{when}.json") for when in ("before", "after")}
+    found = {when: scores.from_lists(values["scores"]) for when, values in kept.items()}
+    samples = [
+        {
+            "prompt": heldout.prompt(row)[-1]["content"],
+            "preferred": heldout.preferred(row),
+            **{when: kept[when]["answers"][i]["text"] for when in kept},
+            **{f"{when}_tokens": kept[when]["answers"][i]["tokens"] for when in kept},
+            **{f"{when}_stopped": kept[when]["answers"][i]["stopped"] for when in kept},
+        }
+        for i, row in enumerate(job.eval.canonical[: len(kept["before"]["answers"])])
+    ]
+    summary = {
+        "method": job.recipe.method,
+        **scores.verdict(found["before"], found["after"]),
+        **{when: {"loss": kept[when]["loss"], **found[when].summary()} for when in kept},
+        "samples": facts.sample_numbers(samples),
+    }
+    return summary, samples
+
+
+def _fingerprints(ledger: dict[str, Any]) -> dict[str, Any]:
+    return {name: {"rows": part["kept"], "fingerprint": part.get("fingerprint")} for name, part in ledger.items()}
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def _git() -> str | None:
+    """The commit of the current folder, where it is in a repository."""
+    command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
+    with contextlib.suppress(OSError):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.stdout.strip() or None
+    return None
+
+
+@contextlib.contextmanager
+def translated(run: RunDir) -> Iterator[None]:
+    """Turn foreign errors that a user can mend into ours; the rest is a bug and stays what it is."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MachineError(
+            Problem("memory", str(error).splitlines()[0].strip(),
+                    "in order of least harm: training.gradient_checkpointing=true, a smaller "
+                    "training.per_device_train_batch_size with more gradient_accumulation_steps, a `quantization:` "
+                    "section, a smaller data.max_length")
+        ) from error
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError) as error:
+        raise _no_model(error) from error
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if _disk_full(error):
+            last = run.checkpoints()
+            kept = f"the last whole checkpoint is {last[-1].name}" if last else "no checkpoint had been written"
+            raise MachineError(
+                Problem(str(run.path), f"the disk is full; {kept}", "free space, then run again with --resume")
+            ) from error
+        if "huggingface.co" in str(error) or "is not a local folder" in str(error):
+            raise _no_model(error) from error
+        raise
+
+
+def _no_model(error: Exception) -> AlignctlError:
+    return MachineError(
+        Problem("model.name_or_path", f"the hub has no such model, or cannot be reached ({type(error).__name__})",
+                "check the name and the network, log in for a gated model, or give a local folder; "
+                "--smoke needs no network")
+    )
+
+
+def _disk_full(error: BaseException) -> bool:
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError) and error.errno in codes:
+        return True
+    said = str(error)
+    return any(sign in said for sign in ("No space left", "File too large", "Disk quota", "PytorchStreamWriter failed"))
+
+
+def checkpoint_of(run: RunDir, loaded: Loaded) -> Path:
+    """The checkpoint that `--resume` goes on from.
+
+    Raises:
+        RecipeError: there is none, the run is finished, or it was made by another recipe.
+    """
+    if run.record.get("status") == "finished":
+        raise RecipeError(Problem(str(run.path), "is finished already", "--output DIR to train again"))
+    found = run.checkpoints()
+    if not found:
+        raise RecipeError(Problem(str(run.path), "has no checkpoint to go on from", "start it without --resume"))
+    if (run / "recipe.yaml").read_text(encoding="utf-8") != facts.recipe_text(loaded):
+        raise RecipeError(
+            Problem(str(run.path), "was made by another recipe than this one is now",
+                    f"resume with {run / 'recipe.yaml'}, or train anew with --output DIR")
+        )
+    return found[-1]

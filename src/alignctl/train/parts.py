@@ -1,0 +1,53 @@
+"""What a trainer is built from, and the steps that the three methods share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PrinterCallback, Trainer
+
+from alignctl.recipe.schema import Recipe
+from alignctl.train import model as models
+from alignctl.train.machine import Machine
+from alignctl.train.tokens import Encoder
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything that `build` needs besides the recipe."""
+
+    machine: Machine
+    precision: torch.dtype
+    encoder: Encoder
+    train: Dataset
+    eval: Dataset | None
+    run: Path
+
+    def base(self, recipe: Recipe) -> PreTrainedModel:
+        """The base model, ready to generate with the tokens that training uses."""
+        model = models.load_base(recipe, self.precision, self.machine)
+        models.align_generation(model, self.encoder)
+        return model
+
+    def start(self, recipe: Recipe) -> PreTrainedModel:
+        """The model that training starts from: the base, with `model.adapter` on it where the recipe names one."""
+        base = self.base(recipe)
+        folder = models.adapter_folder(recipe)
+        return base if folder is None else models.with_adapter(base, folder)
+
+
+def settle(trainer: Trainer, parts: Parts) -> Trainer:
+    """Undo what TRL's constructors change: trained weights go back to float32, stop tokens to all of them.
+
+    TRL casts the adapters of a 4-bit model to bfloat16, where a weight w stops moving once the learning rate is below
+    about |w| / 400; and the Trainer leaves only the tokenizer's EOS in the generation config.
+    """
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    models.align_generation(trainer.model, parts.encoder)
+    trainer.remove_callback(PrinterCallback)
+    return trainer

@@ -1,0 +1,92 @@
+"""Callbacks that write the run folder while training goes on: metrics and checkpoints."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from alignctl.rundir import RunDir
+from alignctl.train.arguments import WRITING
+from alignctl.train.machine import Machine
+
+_RENAMED = {"learning_rate": "lr"}
+_LEFT_OUT = ("total_flos", "num_input_tokens_seen", "num_tokens", "epoch", "train_", "eval_num_tokens", "eval_model_prep")
+
+
+class Metrics(TrainerCallback):
+    """One line of metrics.jsonl a log step, and the same to `show`."""
+
+    def __init__(self, run: RunDir, machine: Machine, rows: int, show: Callable[[dict[str, Any], int], None]) -> None:
+        self.run, self.machine, self.rows, self.show = run, machine, rows, show
+        self._last = (0.0, 0.0, 0.0)
+        self._start = (0.0, 0)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._last = (time.monotonic(), state.epoch or 0.0, float(state.num_input_tokens_seen))
+        self._start = (time.monotonic(), state.global_step)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        logs = kwargs["logs"]
+        if "train_loss" in logs:  # the Trainer's own summary, after the last step
+            return
+        row = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
+        row |= {_RENAMED.get(k, k): v for k, v in logs.items() if not k.startswith(_LEFT_OUT)}
+        if "loss" in logs:
+            row |= self._speed(state)
+        self.run.append_metrics(row)
+        self.show(row, state.max_steps)
+
+    def _speed(self, state: TrainerState) -> dict[str, float]:
+        now, epoch, tokens = time.monotonic(), state.epoch or 0.0, float(state.num_input_tokens_seen)
+        then, epoch_then, tokens_then = self._last
+        self._last = (now, epoch, tokens)
+        seconds = max(now - then, 1e-9)
+        began, first = self._start
+        done = max(state.global_step - first, 1)
+        return {
+            "tokens_per_second": round((tokens - tokens_then) / seconds, 1),
+            "pairs_per_second": round((epoch - epoch_then) * self.rows / seconds, 3),
+            "peak_memory_gib": round(self.machine.peak_memory_gib(), 3),
+            "eta_seconds": round((now - began) / done * (state.max_steps - state.global_step), 1),
+        }
+
+
+class Checkpoints(TrainerCallback):
+    """Moves each checkpoint into place when it is complete, and only then removes the oldest."""
+
+    def __init__(self, run: RunDir, keep: int) -> None:
+        self.run, self.keep = run, keep
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        flush(written)
+        target = self.run / "checkpoints" / f"step-{state.global_step}"
+        if target.exists():
+            shutil.rmtree(target)
+        written.rename(target)
+        for old in self.run.checkpoints()[: -self.keep]:
+            shutil.rmtree(old)
+
+    def tidy(self) -> None:
+        """Remove what was being written when the run stopped."""
+        shutil.rmtree(self.run / "checkpoints" / WRITING, ignore_errors=True)
+
+
+def flush(folder: Path) -> None:
+    """Wait until every file under `folder` is on the disk."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
