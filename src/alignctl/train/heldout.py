@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
 import torch
 from transformers import Trainer
-from trl import DPOTrainer
 
 from alignctl.evaluate import generation
 from alignctl.evaluate.generation import Answer
@@ -20,53 +20,94 @@ from alignctl.train.losses import masked_mean
 from alignctl.train.tokens import Encoder
 
 
-def score(trainer: Trainer, recipe: Recipe, rows: Rows) -> PairScores | RowScores:
-    """One score a held-out row."""
-    model = trainer.model
-    was_training = model.training
-    model.eval()
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out rows under the trainer's model; `reference` is kept because it does not change in training."""
+
+    loss: float
+    scores: PairScores | RowScores
+    reference: list[list[float]] | None
+
+
+def score(trainer: Trainer, recipe: Recipe, rows: Rows, reference: list[list[float]] | None = None) -> HeldOut:
+    """One score a held-out row, and the trainer's own loss.
+
+    For DPO `reference` holds the chosen and rejected answers' log-probabilities under the reference, where they were
+    computed before.
+    """
+    was_training = trainer.model.training
+    trainer.model.eval()
     with torch.no_grad(), trainer.accelerator.autocast():
-        scores = _rows(trainer, rows) if recipe.method == "sft" else _pairs(trainer, recipe, rows)
-    model.train(was_training)
-    return scores
+        if recipe.method == "sft":
+            found = _rows(trainer, rows)
+        elif recipe.dpo is None:
+            found = _pairs(trainer, recipe, rows, None)
+        else:
+            with trl_seam.given_reference(trainer):
+                found = _pairs(trainer, recipe, rows, reference or _reference(trainer, rows))
+    trainer.model.train(was_training)
+    return found
 
 
-def _batches(trainer: Trainer, rows: Rows) -> Iterator[dict[str, Any]]:
+def _length(encoded: dict[str, list[int]]) -> int:
+    return sum(map(len, encoded.values())) if "labels" not in encoded else len(encoded["input_ids"])
+
+
+def _batches(trainer: Trainer, rows: Rows) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """Batches of rows of like length, with the numbers of their rows."""
+    order = sorted(range(len(rows.encoded)), key=lambda i: _length(rows.encoded[i]))
     size = trainer.args.per_device_eval_batch_size
-    for start in range(0, len(rows.encoded), size):
-        batch = trainer.data_collator(rows.encoded[start : start + size])
-        yield {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
+    for start in range(0, len(order), size):
+        part = order[start : start + size]
+        batch = trainer.data_collator([rows.encoded[i] for i in part])
+        yield part, {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
 
 
-def _rows(trainer: Trainer, rows: Rows) -> RowScores:
-    nll = []
-    for batch in _batches(trainer, rows):
-        logps = trl_seam.token_logps(trainer.model, batch["input_ids"], batch["attention_mask"], batch["labels"])
-        nll.append(-masked_mean(logps.float(), batch["labels"][:, 1:] != -100))
-    return RowScores(torch.cat(nll).cpu().double().numpy())
+def _in_order(parts: list[tuple[list[int], torch.Tensor]]) -> numpy.ndarray:
+    """`[k, n]` columns of the batches, back in the order of the rows."""
+    order = [i for part, _ in parts for i in part]
+    columns = torch.cat([column for _, column in parts], dim=1).cpu().double().numpy()
+    out = numpy.empty_like(columns)
+    out[:, order] = columns
+    return out
 
 
-def _pairs(trainer: Trainer, recipe: Recipe, rows: Rows) -> PairScores:
-    columns: list[torch.Tensor] = []
-    for batch in _batches(trainer, rows):
-        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-        logps = trl_seam.token_logps(trainer.model, batch["input_ids"], batch["attention_mask"], labels).float()
-        means = masked_mean(logps, batch["completion_mask"][:, 1:])
-        rewards = _rewards(trainer, recipe, batch, logps.sum(-1), means)
-        columns.append(torch.stack([*rewards.chunk(2), *means.chunk(2)]))
-    return PairScores(*(numpy.asarray(column) for column in torch.cat(columns, dim=1).cpu().double().numpy()))
+def _rows(trainer: Trainer, rows: Rows) -> HeldOut:
+    losses, parts = [], []
+    for part, batch in _batches(trainer, rows):
+        loss, logps = trl_seam.loss_and_logps(trainer, batch)
+        losses.append(loss.item() * len(part))
+        parts.append((part, -masked_mean(logps.float(), batch["labels"][:, 1:] != -100)[None]))
+    return HeldOut(sum(losses) / len(rows.encoded), RowScores(*_in_order(parts)), None)
 
 
-def _rewards(
-    trainer: Trainer, recipe: Recipe, batch: dict[str, Any], sums: torch.Tensor, means: torch.Tensor
-) -> torch.Tensor:
-    """Rewards of `[2B]` answers, chosen first."""
-    if isinstance(trainer, DPOTrainer):
-        assert recipe.dpo is not None
-        reference = torch.cat(trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch))
-        return recipe.dpo.beta * (sums - reference)
-    assert recipe.orpo is not None
-    return recipe.orpo.beta * means
+def _reference(trainer: Trainer, rows: Rows) -> list[list[float]]:
+    """Log-probabilities of chosen and rejected answers under a DPO trainer's reference: two lists of `n`."""
+    parts = []
+    for part, batch in _batches(trainer, rows):
+        logps = trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch)
+        parts.append((part, torch.stack(list(logps)).float()))
+    out: list[list[float]] = _in_order(parts).tolist()
+    return out
+
+
+def _pairs(trainer: Trainer, recipe: Recipe, rows: Rows, reference: list[list[float]] | None) -> HeldOut:
+    losses, parts = [], []
+    for part, batch in _batches(trainer, rows):
+        if reference is not None:
+            given = torch.tensor(reference)[:, part].to(trainer.args.device)
+            batch["ref_chosen_logps"], batch["ref_rejected_logps"] = given
+        loss, logps = trl_seam.loss_and_logps(trainer, batch)
+        losses.append(loss.item() * len(part))
+        answers = batch["completion_mask"][:, 1:]
+        means = masked_mean(logps.float(), answers)
+        if reference is not None and recipe.dpo is not None:
+            rewards = recipe.dpo.beta * ((logps.float() * answers).sum(-1) - given.flatten())
+        else:
+            assert recipe.orpo is not None
+            rewards = recipe.orpo.beta * means
+        parts.append((part, torch.stack([*rewards.chunk(2), *means.chunk(2)])))
+    return HeldOut(sum(losses) / len(rows.encoded), PairScores(*_in_order(parts)), reference)
 
 
 def answers(trainer: Trainer, recipe: Recipe, encoder: Encoder, rows: Rows) -> list[Answer]:
@@ -79,7 +120,7 @@ def answers(trainer: Trainer, recipe: Recipe, encoder: Encoder, rows: Rows) -> l
             prompts,
             encoder.stop_ids,
             recipe.evaluation.max_new_tokens,
-            batch_size=16,
+            batch_size=32,
         )
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer
+from trl import DPOTrainer
 
 from alignctl.recipe.schema import Recipe
+from alignctl.train import trl_seam
 from alignctl.train import model as models
 from alignctl.train.machine import Machine
 from alignctl.train.tokens import Encoder
@@ -40,7 +42,7 @@ class Parts:
 
 
 def settle(trainer: Trainer, parts: Parts) -> Trainer:
-    """Undo what TRL's constructors change: trained weights go back to float32, stop tokens to all of them.
+    """Finish what TRL's constructors leave: trained weights in float32, all stop tokens, the compact head.
 
     TRL casts the adapters of a 4-bit model to bfloat16, where a weight w stops moving once the learning rate is below
     about |w| / 400; and the Trainer leaves only the tokenizer's EOS in the generation config.
@@ -49,5 +51,8 @@ def settle(trainer: Trainer, parts: Parts) -> Trainer:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     models.align_generation(trainer.model, parts.encoder)
+    trl_seam.install_head(trainer.model)
+    if isinstance(trainer, DPOTrainer) and trainer.ref_model is not None:
+        trl_seam.install_head(trainer.ref_model)
     trainer.remove_callback(PrinterCallback)
     return trainer

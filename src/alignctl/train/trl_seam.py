@@ -5,17 +5,24 @@ Each item says why it is needed and when it can go.
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
+import types
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor
+from transformers import Trainer
 from trl import DPOTrainer, SFTTrainer
 from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import add_fused_lm_head
+from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
+from alignctl.train.head import token_statistics
 from alignctl.train.losses import orpo_loss
 
 Batch = dict[str, Any]
@@ -26,15 +33,78 @@ def pair_collator(pad_token_id: int) -> DataCollatorForPreference:
     return DataCollatorForPreference(pad_token_id=pad_token_id)
 
 
-def token_logps(model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-    """Log-probabilities of the tokens whose label is not -100: `[N, L] -> [N, L-1]`, 0 elsewhere.
+def loss_and_logps(trainer: Trainer, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The trainer's own loss of one batch, and the `[N, L-1]` token log-probabilities that it came from.
 
-    Uses the fused head that TRL puts on a trainer's model (`trl.trainer.utils.add_fused_lm_head`), so that only
-    supervised positions are projected. To go when alignctl has a head of its own.
+    Log-probabilities are 0 where nothing is supervised. `_metrics` is put back because `compute_loss` adds to what the
+    next log line averages; to go when TRL can compute a loss without logging it.
     """
-    out = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False, fused_lm_head=True)
-    logps: Tensor = out.log_probs
-    return logps
+    outputs: list[Any] = []
+    hook = trainer.model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    kept = copy.deepcopy(getattr(trainer, "_metrics", None))
+    try:
+        if isinstance(trainer, IdsORPOTrainer):
+            loss, _ = trainer.get_batch_loss_metrics(trainer.model, batch, train_eval="eval")
+        else:
+            loss = trainer.compute_loss(trainer.model, dict(batch))
+    finally:
+        hook.remove()
+        if kept is not None:
+            trainer._metrics = kept
+    return loss, outputs[0].log_probs
+
+
+@contextlib.contextmanager
+def given_reference(trainer: Trainer) -> Iterator[None]:
+    """Inside, a DPO trainer takes the reference's log-probabilities from the batch, of whole answers."""
+    before = trainer.precompute_ref_logps, trainer.ld_alpha
+    trainer.precompute_ref_logps, trainer.ld_alpha = True, None
+    try:
+        yield
+    finally:
+        trainer.precompute_ref_logps, trainer.ld_alpha = before
+
+
+def install_head(model: Any) -> None:
+    """Let `model(…, labels=…, fused_lm_head=True)` project supervised positions only, on every device.
+
+    TRL's own fused head (`trl.trainer.utils.add_fused_lm_head`) does so on Triton devices alone; on a CPU it projects
+    prompts and padding too. To go when it is compact everywhere. Models that scale or cap their logits, or route to
+    experts, keep TRL's.
+    """
+    owner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if "fused_lm_head" not in owner.forward.__code__.co_varnames:
+        add_fused_lm_head(owner, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    config = owner.config.get_text_config().to_dict()
+    if any(config.get(key) for key in _TRL_HEAD_ONLY):
+        return
+    trl_forward = owner.forward
+
+    @functools.wraps(type(owner).forward)
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        if not fused_lm_head or labels is None:
+            return trl_forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
+        kwargs.pop("num_items_in_batch", None)
+        hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state[:, :-1]
+        head, mask = self.get_output_embeddings(), labels[:, 1:] != -100
+        found = token_statistics(hidden[mask], head.weight, head.bias, labels[:, 1:][mask])
+        logps, entropy, mean_logits, is_top1 = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in found)
+        loss = -logps.sum() / mask.sum().clamp(min=1)
+        return FusedCausalLMOutput(
+            loss=loss, log_probs=logps, entropy=entropy, mean_logits=mean_logits, is_top1=is_top1, label_mask=mask
+        )
+
+    owner.forward = types.MethodType(forward, owner)
+
+
+_TRL_HEAD_ONLY = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "output_multiplier",
+    "lm_head_multiplier",
+    "logits_scaling",
+    "output_router_logits",
+)
 
 
 class IdsSFTTrainer(SFTTrainer):
@@ -71,11 +141,6 @@ class IdsORPOTrainer(ORPOTrainer):
         super().__init__(*args, **kwargs)
         self.nll_on_prompt = nll_on_prompt
         self.use_dpo_data_collator = True  # our collator gives what prediction_step needs; without this it warns
-        add_fused_lm_head(self._backbone_owner(), outputs=("log_probs", "mean_logits"))
-
-    def _backbone_owner(self) -> Any:
-        model = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def tokenize_row(self, feature: Batch, model: Any = None) -> Batch:
         """The row as it is: it holds ids."""

@@ -1,0 +1,89 @@
+"""Log-probabilities of the supervised tokens, without the logits of anything else.
+
+Only positions whose next token is supervised are projected, in chunks, so the `[N, L, V]` logits never exist; the
+backward pass projects each chunk again.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK = 512
+
+
+class TokenStatistics(NamedTuple):
+    """One number a position, `[P]`; only `logps` carries a gradient."""
+
+    logps: Tensor
+    entropy: Tensor
+    mean_logits: Tensor
+    is_top1: Tensor
+
+
+def token_statistics(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> TokenStatistics:
+    """Log-probability of `labels` under `softmax(hidden @ weight.T + bias)`, and what is logged beside it.
+
+    Args:
+        hidden: `[P, H]`.
+        weight: `[V, H]`, in the output head.
+        bias: `[V]` or None.
+        labels: `[P]` token ids.
+    """
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    with torch.autocast(kind, enabled=False):
+        args = (hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), labels)
+        return TokenStatistics(*_TokenStatistics.apply(*args))
+
+
+class _TokenStatistics(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, ...]:
+        normalisers, columns = [], []
+        for rows, ids in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
+            logits = _logits(rows, weight, bias)
+            chosen = logits.gather(1, ids[:, None]).squeeze(1)
+            top = logits.amax(1)
+            mean = logits.mean(1)
+            scaled = torch.exp(logits - top[:, None])
+            total = scaled.sum(1)
+            normaliser = top + total.log()
+            entropy = normaliser - torch.linalg.vecdot(scaled, logits) / total
+            normalisers.append(normaliser)
+            columns.append(torch.stack([chosen - normaliser, entropy, mean, (chosen >= top).float()]))
+        logps, entropy, mean, is_top1 = torch.cat(columns, 1) if columns else hidden.new_zeros(4, 0).float()
+        ctx.save_for_backward(hidden, weight, bias, labels, torch.cat(normalisers) if normalisers else logps)
+        is_top1 = is_top1.bool()
+        ctx.mark_non_differentiable(entropy, mean, is_top1)
+        return logps, entropy, mean, is_top1
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels, normalisers = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and ctx.needs_input_grad[2] else None
+        for start in range(0, len(hidden), CHUNK):
+            part = slice(start, start + CHUNK)
+            d_logits = _logits(hidden[part], weight, bias).sub_(normalisers[part, None]).exp_()
+            d_logits.mul_(-gradient[part, None])
+            d_logits.scatter_add_(1, labels[part, None], gradient[part, None])
+            d_logits = d_logits.to(hidden.dtype)
+            d_hidden[part] = d_logits @ weight
+            if d_weight is not None:
+                d_weight += (d_logits.t() @ hidden[part]).float()
+            if d_bias is not None:
+                d_bias += d_logits.sum(0).float()
+        return (
+            d_hidden,
+            None if d_weight is None else d_weight.to(weight.dtype),
+            None if d_bias is None or bias is None else d_bias.to(bias.dtype),
+            None,
+        )
+
+
+def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(rows, weight, bias).float()
