@@ -1,4 +1,4 @@
-from alignctl.cli.app import main
+from alignctl.cli.main import main
 
 if __name__ == "__main__":
     main()

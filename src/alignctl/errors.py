@@ -5,8 +5,9 @@ AlignctlError
 ├── DataError         3   the rows
 ├── MachineError      4   memory, GPU, disk, a missing package, no network
 ├── DivergedError     5   training diverged, or a gate stopped it
-├── VerifyError       6   the saved result is not what was trained
-└── Interrupted   128+n   a signal, after the checkpoint was saved
+└── VerifyError       6   the saved result is not what was trained
+
+Interrupted       128+n   a signal; no Exception, so that no library's `except Exception` swallows it
 """
 
 from __future__ import annotations
@@ -56,9 +57,10 @@ class VerifyError(AlignctlError):
     exit_code = 6
 
 
-class Interrupted(AlignctlError):
+class Interrupted(BaseException):
     """Stopped by signal `signum`; the exit code is 128 + `signum`."""
 
     def __init__(self, signum: int, *problems: Problem) -> None:
-        super().__init__(*problems)
+        self.problems = problems
         self.exit_code = 128 + signum
+        super().__init__("\n".join(map(str, problems)))

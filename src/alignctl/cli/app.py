@@ -1,19 +1,14 @@
-"""The commands, and the one place that prints an error and exits."""
+"""The commands. Each is a few lines: what it does, it does elsewhere."""
 
 from __future__ import annotations
 
 import json
-import signal
-import sys
-import traceback
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from alignctl import __version__
-from alignctl.cli import training
-from alignctl.errors import AlignctlError, Interrupted, Problem
 
 app = typer.Typer(
     name="alignctl",
@@ -60,6 +55,8 @@ def sft(
     debug: Debug = False,
 ) -> None:
     """Supervised fine-tuning."""
+    from alignctl.cli import training
+
     training.command("sft", recipe, overrides, output, resume=resume, overwrite=overwrite, smoke=smoke)
 
 
@@ -74,6 +71,8 @@ def dpo(
     debug: Debug = False,
 ) -> None:
     """Direct Preference Optimization."""
+    from alignctl.cli import training
+
     training.command("dpo", recipe, overrides, output, resume=resume, overwrite=overwrite, smoke=smoke)
 
 
@@ -88,6 +87,8 @@ def orpo(
     debug: Debug = False,
 ) -> None:
     """Odds Ratio Preference Optimization."""
+    from alignctl.cli import training
+
     training.command("orpo", recipe, overrides, output, resume=resume, overwrite=overwrite, smoke=smoke)
 
 
@@ -125,27 +126,3 @@ def schema() -> None:
     from alignctl.recipe.document import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2))
-
-
-def main() -> None:
-    """Run the command line; the exit codes are those of `alignctl.errors`."""
-    debug = "--debug" in sys.argv
-    try:
-        app()
-    except AlignctlError as error:
-        _report(debug, *error.problems)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        _report(debug, Problem("run", "stopped by SIGINT"))
-        sys.exit(Interrupted(signal.SIGINT).exit_code)
-    except Exception as error:  # noqa: BLE001 (a bug of ours must not look like a wall of text)
-        where = f"{type(error).__name__}"
-        _report(debug, Problem(where, str(error).strip() or "no message", "a bug; run again with --debug and report it"))
-        sys.exit(1)
-
-
-def _report(debug: bool, *problems: Problem) -> None:
-    if debug:
-        traceback.print_exc()
-    for problem in problems:
-        print(f"alignctl: {problem}", file=sys.stderr)

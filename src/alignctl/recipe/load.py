@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
 
 from alignctl.errors import Problem, RecipeError
@@ -58,6 +59,10 @@ class Loaded:
                 holder = holder[int(key)] if isinstance(holder, list) else holder[key]
             holder[int(last) if isinstance(holder, list) else last] = written
         return values
+
+    def text(self) -> str:
+        """The resolved recipe as YAML, as the run folder holds it."""
+        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
 
 
 def load(path: Path, overrides: list[str] | None = None, method: str | None = None) -> Loaded:

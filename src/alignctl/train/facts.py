@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import yaml
 from transformers import Trainer
 
-from alignctl.recipe.load import Loaded
 from alignctl.recipe.schema import Recipe
 from alignctl.rundir import RunDir
 from alignctl.train import arguments, dpo
@@ -15,11 +13,6 @@ from alignctl.train import model as models
 from alignctl.train.data import Rows
 from alignctl.train.display import Display
 from alignctl.train.parts import Parts
-
-
-def recipe_text(loaded: Loaded) -> str:
-    """The resolved recipe as recipe.yaml holds it."""
-    return yaml.safe_dump(loaded.resolved(), sort_keys=False, allow_unicode=True)
 
 
 def parameters(trainer: Trainer) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers import Trainer
 
 from alignctl import rundir
-from alignctl.errors import AlignctlError, DivergedError, Interrupted, MachineError, Problem, RecipeError
+from alignctl.errors import AlignctlError, DivergedError, Interrupted, MachineError, Problem
 from alignctl.evaluate import scores
 from alignctl.recipe.load import Loaded
 from alignctl.recipe.schema import Recipe
@@ -66,19 +66,14 @@ def fit(loaded: Loaded, run: RunDir, display: Display, *, smoke: bool, resume: P
     """Train `loaded` into `run`; `resume` is a checkpoint to go on from.
 
     Raises:
-        AlignctlError: whatever went wrong, already written to run.json.
+        AlignctlError: whatever went wrong that a user can mend.
     """
     signals = Signals()
     began = time.monotonic()
-    try:
-        with signals.caught(), translated(run):
-            job = assemble(loaded, run, display, smoke=smoke)
-            train(job, signals, resume)
-            finish(job, began)
-    except (AlignctlError, KeyboardInterrupt) as error:
-        stopped = isinstance(error, Interrupted | KeyboardInterrupt)
-        run.update(status="interrupted" if stopped else "failed", why=str(error), ended=rundir.now())
-        raise
+    with signals.caught(), translated(run):
+        job = assemble(loaded, run, display, smoke=smoke)
+        train(job, signals, resume)
+        finish(job, began)
 
 
 def assemble(loaded: Loaded, run: RunDir, display: Display, *, smoke: bool) -> Job:
@@ -91,7 +86,7 @@ def assemble(loaded: Loaded, run: RunDir, display: Display, *, smoke: bool) -> J
         loaded = replace(loaded, recipe=recipe)
     recipe = loaded.recipe
     precision = where.precision(recipe.model.dtype)
-    rundir.write_text(run / "recipe.yaml", facts.recipe_text(loaded))
+    rundir.write_text(run / "recipe.yaml", loaded.text())
     with display.waiting("reading and tokenizing rows"):
         encoder = models.load_encoder(recipe)
         train_rows, eval_rows = data.prepare(recipe, encoder)
@@ -261,22 +256,3 @@ def _disk_full(error: BaseException) -> bool:
         return True
     said = str(error)
     return any(sign in said for sign in ("No space left", "File too large", "Disk quota", "PytorchStreamWriter failed"))
-
-
-def checkpoint_of(run: RunDir, loaded: Loaded) -> Path:
-    """The checkpoint that `--resume` goes on from.
-
-    Raises:
-        RecipeError: there is none, the run is finished, or it was made by another recipe.
-    """
-    if run.record.get("status") == "finished":
-        raise RecipeError(Problem(str(run.path), "is finished already", "--output DIR to train again"))
-    found = run.checkpoints()
-    if not found:
-        raise RecipeError(Problem(str(run.path), "has no checkpoint to go on from", "start it without --resume"))
-    if (run / "recipe.yaml").read_text(encoding="utf-8") != facts.recipe_text(loaded):
-        raise RecipeError(
-            Problem(str(run.path), "was made by another recipe than this one is now",
-                    f"resume with {run / 'recipe.yaml'}, or train anew with --output DIR")
-        )
-    return found[-1]

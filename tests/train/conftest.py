@@ -1,0 +1,96 @@
+"""Tokenizers made on the spot, encoders around them, and recipes around files of rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from alignctl.recipe import catalog
+from alignctl.recipe.schema import Recipe
+from alignctl.train import standin, tokens
+from alignctl.train.tokens import Encoder
+
+CORPUS = "The user asks a question about tea, and the assistant gives an answer in one short sentence.\n" * 3
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], PreTrainedTokenizerBase]:
+    """A new byte-level tokenizer with the special tokens of the family that a model's name belongs to."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    corpus = folder / "corpus.txt"
+    corpus.write_text(CORPUS, encoding="utf-8")
+
+    def build(name: str) -> PreTrainedTokenizerBase:
+        if not (folder / name).is_dir():
+            standin._tokenizer(standin.family(name)[0], corpus, folder / name)
+        return PreTrainedTokenizerFast.from_pretrained(folder / name)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def make_encoder(make_tokenizer: Callable[[str], PreTrainedTokenizerBase]) -> Callable[[str, str], Encoder]:
+    """The encoder of a family's tokenizer with a built-in template; asked twice, it is the same one."""
+
+    @cache
+    def build(name: str, template: str) -> Encoder:
+        tokenizer = make_tokenizer(name)
+        tokenizer.chat_template = catalog.template(template)
+        return tokens.encoder(tokenizer)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def plain_tokenizer() -> Callable[..., PreTrainedTokenizerBase]:
+    """A new tokenizer with `<s>` and `</s>` alone, which merges blank lines as large vocabularies do."""
+
+    def build(*, adds_bos: bool = False, eos: str | None = "</s>") -> PreTrainedTokenizerBase:
+        core = Tokenizer(models.BPE())
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        special = ["<s>", "</s>"]
+        trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+        core.train_from_iterator(["tea\n\n\ntea\n\ntea"] * 9, trainer)
+        if adds_bos:
+            core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token=eos)
+
+    return build
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[..., Path]:
+    """A `.jsonl` file with these rows."""
+
+    def write(rows: Iterable[dict[str, Any]], name: str = "rows.jsonl") -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def data_recipe() -> Callable[..., Recipe]:
+    """A recipe for `method` whose `data` section reads `train`."""
+
+    def build(method: str, train: Path, seed: int = 42, source: dict[str, Any] | None = None, **data: Any) -> Recipe:
+        return Recipe.model_validate(
+            {
+                "model": {"name_or_path": "nobody/nothing"},
+                "data": {"train": [{"path": str(train), **(source or {})}], **data},
+                "training": {"learning_rate": 1e-4, "seed": seed},
+                method: {},
+            }
+        )
+
+    return build
