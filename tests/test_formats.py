@@ -158,7 +158,9 @@ def test_rows_for_sft(row: dict[str, Any], name: str, expected: Canonical) -> No
     assert found.read(row) == expected
 
 
-@pytest.mark.xfail(reason="formats._prompt_completion leaves out a `system` column without a word", strict=True)
+@pytest.mark.xfail(
+    reason="formats._prompt_completion leaves out a `system` column without a word", raises=AssertionError, strict=True
+)
 def test_prompt_and_completion_keep_the_system_column() -> None:
     row = {"system": "Be short.", "prompt": "How long does tea draw?", "completion": "Three minutes."}
     expected = {"messages": [system("Be short."), ask, good]}
@@ -316,7 +318,9 @@ def test_columns_that_no_format_has(row: dict[str, Any], preference: bool, messa
     assert str(error.value) == message
 
 
-@pytest.mark.xfail(reason="formats.detect lists the expected columns as found and as expected", strict=True)
+@pytest.mark.xfail(
+    reason="formats.detect lists the expected columns as found and as expected", raises=AssertionError, strict=True
+)
 @pytest.mark.parametrize(
     ("row", "kind"),
     [

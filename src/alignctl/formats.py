@@ -34,9 +34,16 @@ class Format:
 
 def text(row: Row, column: str) -> str:
     """The string in `column`."""
-    value = row.get(column)
+    return _text(row.get(column), f"`{column}` is")
+
+
+def _text(value: object, found: str) -> str:
     if not isinstance(value, str):
-        raise RowError(f"`{column}` is {_kind(value)}, expected a string")
+        raise RowError(f"{found} {_kind(value)}, expected a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(f"{found} no text: character {error.start + 1} is half of a surrogate pair") from error
     return value
 
 
@@ -54,9 +61,7 @@ def _message(item: object, where: str) -> Message:
     role, content = item.get("role"), item.get("content")
     if role not in ROLES:
         raise RowError(f"{where} has role {role!r}, expected one of {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise RowError(f"{where} has content that is {_kind(content)}, expected a string")
-    return {"role": role, "content": content}
+    return {"role": role, "content": _text(content, f"{where} has content that is")}
 
 
 def _kind(value: object) -> str:
@@ -75,12 +80,16 @@ def _assistant(content: str) -> Message:
     return {"role": "assistant", "content": content}
 
 
+def _with_system(row: Row, turns: list[Message]) -> list[Message]:
+    """`turns` after the `system` column, where the row has one and `turns` does not begin with a system message."""
+    if not row.get("system") or turns[0]["role"] == "system":
+        return turns
+    return [{"role": "system", "content": text(row, "system")}, *turns]
+
+
 def _strings(row: Row) -> Canonical:
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    if system:
-        text(row, "system")
     return {
-        "prompt": [*system, _user(text(row, "prompt"))],
+        "prompt": _with_system(row, [_user(text(row, "prompt"))]),
         "chosen": [_assistant(text(row, "chosen"))],
         "rejected": [_assistant(text(row, "rejected"))],
     }
@@ -100,7 +109,7 @@ def _conversations(row: Row) -> Canonical:
         history = [*prompt, *history]
     if not history:
         history = [_user(text(row, "prompt"))]
-    return {"prompt": history, "chosen": [chosen[-1]], "rejected": [rejected[-1]]}
+    return {"prompt": _with_system(row, history), "chosen": [chosen[-1]], "rejected": [rejected[-1]]}
 
 
 def chosen_dialogue(row: Canonical) -> Canonical:
@@ -109,13 +118,13 @@ def chosen_dialogue(row: Canonical) -> Canonical:
 
 
 def _dialogue(row: Row) -> Canonical:
-    return {"messages": messages(row, "messages")}
+    return {"messages": _with_system(row, messages(row, "messages"))}
 
 
 def _prompt_completion(row: Row) -> Canonical:
     if isinstance(row.get("prompt"), list):
-        return {"messages": [*messages(row, "prompt"), *messages(row, "completion")]}
-    return {"messages": [_user(text(row, "prompt")), _assistant(text(row, "completion"))]}
+        return {"messages": _with_system(row, [*messages(row, "prompt"), *messages(row, "completion")])}
+    return {"messages": _with_system(row, [_user(text(row, "prompt")), _assistant(text(row, "completion"))])}
 
 
 PREFERENCE = (
@@ -147,12 +156,12 @@ def detect(row: Row, *, preference: bool) -> Format:
     """The format of `row`, among those of preference sets or those for SFT.
 
     Raises:
-        RowError: no known format has these columns; the message lists them.
+        RowError: no known format has these columns with these kinds of values; the message lists them.
     """
     known = PREFERENCE if preference else SFT
     for candidate in known:
         if candidate.fits(row) and all(column in row for column in candidate.columns):
             return candidate
-    expected = " or ".join(" + ".join(f"`{c}`" for c in candidate.columns) for candidate in known)
-    found = ", ".join(f"`{c}`" for c in row) or "none"
+    expected = " or ".join(f"“{candidate.name}”" for candidate in known)
+    found = ", ".join(f"`{column}` ({_kind(value)})" for column, value in row.items()) or "none"
     raise RowError(f"columns are {found}, expected {expected}")

@@ -11,8 +11,6 @@ from typing import Any
 
 from alignctl.errors import Problem, RecipeError
 
-MADE = ("run.json", "recipe.yaml")
-
 
 def now() -> str:
     """This moment in UTC, as run.json writes it."""
@@ -22,11 +20,15 @@ def now() -> str:
 def write_text(path: Path, text: str) -> None:
     """Write `path` whole or not at all."""
     beside = path.with_name(path.name + ".writing")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except (OSError, UnicodeError):
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: object) -> None:
@@ -43,7 +45,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in `path`; empty when there is no such file."""
     if not path.is_file():
         return {}
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
     return value
 
 
@@ -51,7 +55,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The rows in `path`; none when there is no such file."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 class RunDir:
@@ -59,7 +63,11 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.record: dict[str, Any] = read_json(path / "run.json")
+        try:
+            self.record: dict[str, Any] = read_json(path / "run.json")
+        except (ValueError, OSError) as error:
+            way_out = "give --output another folder"
+            raise RecipeError(Problem(str(path / "run.json"), f"cannot be read: {error}", way_out)) from error
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -77,19 +85,19 @@ class RunDir:
         Raises:
             RecipeError: the folder holds a run or other files, or cannot be written.
         """
-        if self.path.exists():
-            self._clear(overwrite=overwrite)
         try:
+            if self.path.exists():
+                self._clear(overwrite=overwrite)
             (self.path / "logs").mkdir(parents=True, exist_ok=True)
             self.record = {"status": "running", "started": now(), **record}
             write_json(self.path / "run.json", self.record)
         except OSError as error:
             raise RecipeError(
-                Problem(str(self.path), f"cannot be written: {error.strerror}", "give --output another folder")
+                Problem(str(self.path), f"cannot be written: {error.strerror or error}", "give --output another folder")
             ) from error
 
     def _clear(self, *, overwrite: bool) -> None:
-        ours = self.path.is_dir() and all((self.path / name).exists() for name in MADE[:1])
+        ours = {"status", "command"} <= self.record.keys()
         if not ours and (not self.path.is_dir() or any(self.path.iterdir())):
             raise RecipeError(Problem(str(self.path), "exists and is not a run folder", "give --output another folder"))
         if ours and self.trained and not overwrite:

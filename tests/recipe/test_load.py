@@ -174,12 +174,13 @@ dpo: {beta: -1}
 
 
 def test_mistakes_of_every_kind_come_together(refused: Refused) -> None:
-    assert refused("nonsense", model="{name_or_path: m, chat_template: zephir}", sft="{}", trl="{seed: 1}", seed="1") == [
-        "argument 'nonsense': is not key=value — write it as training.learning_rate=1e-5",
+    model = "{name_or_path: m, chat_template: zephir}"
+    assert refused("nonsense", model=model, sft="{}", trl="{seed: 1}", seed="1") == [
         "r.yaml:1: model.chat_template: unknown template 'zephir' — did you mean zephyr?",
         "r.yaml:4: sft and dpo: a recipe has one method — keep one",
         "r.yaml:6: trl.seed: alignctl sets this itself — use training.seed",
         "r.yaml:7: seed: unknown key — did you mean training.seed?",
+        "argument 'nonsense': is not key=value — write it as training.learning_rate=1e-5",
     ]
 
 
@@ -200,7 +201,7 @@ def test_a_missing_key(sections: dict[str, str | None], problem: str, refused: R
 
 def test_a_duplicate_key_refuses_the_recipe(write: Write, minimal: Callable[..., str], problems: Refused) -> None:
     assert problems(write(minimal() + "dpo: {beta: 1}\n")) == [
-        "r.yaml:5: dpo: stands twice, first at r.yaml:4 — keep one of them".replace("at r.yaml", "at r.yaml")
+        "r.yaml:5: dpo: stands twice, first at r.yaml:4 — keep one of them"
     ]
 
 
@@ -219,7 +220,9 @@ def test_a_file_that_cannot_be_read_says_so(text: str, write: Write, problems: R
 
 def test_no_such_file(here: Path, problems: Refused) -> None:
     assert problems(here / "demo-dop.yaml") == ["demo-dop.yaml: no such recipe — did you mean demo-dpo?"]
-    assert problems(here / "zzzzzz.yaml") == ["zzzzzz.yaml: no such recipe — `alignctl recipes` lists the built-in ones"]
+    assert problems(here / "zzzzzz.yaml") == [
+        "zzzzzz.yaml: no such recipe — `alignctl recipes` lists the built-in ones"
+    ]
 
 
 @pytest.mark.xfail(reason="tree.read: an OSError is not caught", strict=True)
@@ -252,12 +255,17 @@ def test_a_file_without_permission_to_read(
         ({"data": "{train: rows}"}, "r.yaml:2: data.train: input should be a valid list, got 'rows'"),
         ({"data": "{train: []}"}, "r.yaml:2: data.train: list should have at least 1 item"),
         ({"data": "{train: [{path: a}], max_length: 7}"}, "r.yaml:2: data.max_length: input should be greater than or"),
-        ({"data": "{train: [{path: a}], max_length: 9.0}"}, "r.yaml:2: data.max_length: input should be a valid integer"),
+        (
+            {"data": "{train: [{path: a}], max_length: 9.0}"},
+            "r.yaml:2: data.max_length: input should be a valid integer",
+        ),
         ({"training": "{learning_rate: '1e-5'}"}, "r.yaml:3: training.learning_rate: input should be a valid number"),
         ({"training": "{learning_rate: on}"}, "r.yaml:3: training.learning_rate: input should be a valid number"),
         ({"training": "{learning_rate: .nan}"}, "r.yaml:3: training.learning_rate: input should be greater than 0"),
         ({"training": "{learning_rate: 0}"}, "r.yaml:3: training.learning_rate: input should be greater than 0, got 0"),
-        bug({"training": "{learning_rate: .inf}"}, "r.yaml:3: training.learning_rate: ", reason="schema: takes infinity"),
+        bug(
+            {"training": "{learning_rate: .inf}"}, "r.yaml:3: training.learning_rate: ", reason="schema: takes infinity"
+        ),
         ({"dpo": "{label_smoothing: 0.5}"}, "r.yaml:4: dpo.label_smoothing: input should be less than 0.5, got 0.5"),
         ({"dpo": "true"}, "r.yaml:4: dpo: input should be a valid dictionary"),
         ({"lora": "{r: 0}"}, "r.yaml:5: lora.r: input should be greater than 0, got 0 — the default is 16"),
@@ -294,7 +302,9 @@ SOURCES = """\
 
 
 @pytest.mark.xfail(reason="load._explain: drops the number of the list's item ('0'.islower() is False)", strict=True)
-def test_a_mistake_in_a_list_is_placed_at_its_item(write: Write, minimal: Callable[..., str], problems: Refused) -> None:
+def test_a_mistake_in_a_list_is_placed_at_its_item(
+    write: Write, minimal: Callable[..., str], problems: Refused
+) -> None:
     first, second = problems(write(minimal(data=f"\n  train:{SOURCES}")))
     assert first.startswith("r.yaml:6: data.train.1.take: input should be greater than 0, got 0")
     assert second.startswith("r.yaml:7: data.train.2.path: is missing")
@@ -403,7 +413,7 @@ def test_a_pair_that_agrees(sections: dict[str, str], accepted: Accepted) -> Non
     ("template", "problem"),
     [
         ("zephir", "unknown template 'zephir' — did you mean zephyr?"),
-        ("ChatML", "unknown template 'ChatML' — did you mean chatml?"),
+        ("chat-ml", "unknown template 'chat-ml' — did you mean chatml?"),
         ("none", f"unknown template 'none' — one of model, {', '.join(catalog.templates())}, or a .jinja file"),
         ("own.jinja", "no such file own.jinja — the path is looked for in the current folder"),
     ],
@@ -549,7 +559,9 @@ def test_a_cycle_is_placed_where_it_closes(write: Write, minimal: Callable[..., 
     ]
 
 
-def test_problems_of_a_base_are_placed_in_its_file(write: Write, minimal: Callable[..., str], problems: Refused) -> None:
+def test_problems_of_a_base_are_placed_in_its_file(
+    write: Write, minimal: Callable[..., str], problems: Refused
+) -> None:
     write(minimal(lora="{r: 0}", trl="{seed: 1}", dtype="auto"), "base.yaml")
     assert problems(write("extends: base.yaml\nlora: {lora_alpha: 0}\n")) == [
         "base.yaml:5: lora.r: input should be greater than 0, got 0 — the default is 16",
@@ -569,16 +581,6 @@ def test_syntax_errors_and_duplicates_of_a_base_are_told(
     assert "twice.yaml:2: seed: stands twice, first at twice.yaml:1 — keep one of them" in problems(near)
 
 
-@pytest.mark.xfail(reason="tree.merge: places of the base's list stay when the list is replaced", strict=True)
-def test_an_item_of_a_replaced_list_is_not_placed_in_the_base(
-    write: Write, minimal: Callable[..., str], problems: Refused
-) -> None:
-    write(minimal(data="{train: [{path: a, spilt: b}]}"), "base.yaml")
-    near = "extends: base.yaml\ndata:\n  train: [{path: a, name: b, split: c}]\n  eval: [{path: ''}]\n"
-    (problem,) = problems(write(near), "data.train=[{path: a, spilt: b}]")
-    assert problem.startswith("argument 'data.train=[{path: a, spilt: b}]': data.train.0.spilt: unknown key")
-
-
 # --- the environment
 
 QUOTED = "'${oc.env:ALIGNCTL_T}'"
@@ -595,7 +597,9 @@ QUOTED = "'${oc.env:ALIGNCTL_T}'"
         ("org/${oc.env:ALIGNCTL_T,}", None, "org/"),
         ("${oc.env:ALIGNCTL_T}", "'5'", "5"),
         bug("${oc.env:ALIGNCTL_T}", "1234567", "1234567", reason="load._expand: a commit of digits becomes a number"),
-        bug("${oc.env:ALIGNCTL_T}", "@home: x", "@home: x", reason="load._expand: the value must be YAML, or it crashes"),
+        bug(
+            "${oc.env:ALIGNCTL_T}", "@home: x", "@home: x", reason="load._expand: the value must be YAML, or it crashes"
+        ),
     ],
 )
 def test_a_value_from_the_environment(
@@ -677,7 +681,8 @@ def test_a_value_from_the_environment_is_never_resolved(
     monkeypatch.setenv("ALIGNCTL_S", "{hub_token: s3cret}")
     Path("s3cret.jsonl").write_text("{}\n", encoding="utf-8")
     loaded = accepted(*overrides, **sections)
-    text = yaml.safe_dump(loaded.resolved())
+    text = loaded.text()
+    assert yaml.safe_load(text) == loaded.resolved()
     assert "s3cret" in repr(loaded.recipe)
     assert "s3cret" not in text
     assert "${oc.env:ALIGNCTL_" in text
@@ -697,7 +702,9 @@ def test_a_refused_value_from_the_environment_is_not_shown(refused: Refused, mon
 def test_overrides_beat_the_file_and_its_base(write: Write, minimal: Callable[..., str]) -> None:
     write(minimal(evaluation="{samples: 1, max_new_tokens: 1}"), "base.yaml")
     near = write("extends: base.yaml\nevaluation: {samples: 2}\n")
-    recipe = load(near, ["evaluation.samples=3", "evaluation.max_new_tokens=4", "lora.r=5", "data.train.0.take=6"]).recipe
+    recipe = load(
+        near, ["evaluation.samples=3", "evaluation.max_new_tokens=4", "lora.r=5", "data.train.0.take=6"]
+    ).recipe
     assert (recipe.evaluation.samples, recipe.evaluation.max_new_tokens) == (3, 4)
     assert recipe.lora is not None
     assert (recipe.lora.r, recipe.data.train[0].take) == (5, 6)
@@ -705,9 +712,6 @@ def test_overrides_beat_the_file_and_its_base(write: Write, minimal: Callable[..
 
 def test_of_two_overrides_the_last_wins(accepted: Accepted) -> None:
     assert accepted("training.seed=1", "training.seed=2").recipe.training.seed == 2
-
-
-ARGUMENT = "load._explain: an override of a section has no place of its own below the section's old places"
 
 
 @pytest.mark.parametrize(
@@ -763,17 +767,21 @@ def test_data_files_become_absolute(write: Write, minimal: Callable[..., str]) -
     assert [source["path"] for source in resolved["eval"]] == [str(held)]
 
 
+@pytest.mark.parametrize(
+    ("files", "hit"),
+    [
+        (["mine/data/brief/test.jsonl", "data/brief/test.jsonl"], "mine/data/brief/test.jsonl"),
+        (["data/brief/test.jsonl"], "data/brief/test.jsonl"),
+        ([], catalog.folder() / "data/brief/test.jsonl"),
+    ],
+)
 def test_data_files_are_looked_for_beside_the_recipe_then_here_then_built_in(
-    write: Write, minimal: Callable[..., str]
+    files: list[str], hit: str | Path, here: Path, write: Write, minimal: Callable[..., str]
 ) -> None:
-    built_in = catalog.folder() / "data/brief/test.jsonl"
-    recipe = write(minimal(data="{train: [{path: data/brief/test.jsonl}]}"), "mine/r.yaml")
-    found = [load(recipe).recipe.data.train[0].path]
-    found += [str(write("{}\n", "data/brief/test.jsonl")), load(recipe).recipe.data.train[0].path]
-    found += [str(write("{}\n", "mine/data/brief/test.jsonl")), load(recipe).recipe.data.train[0].path]
-    assert found[0] == str(built_in.resolve())
-    assert found[1] == found[2]
-    assert found[3] == found[4]
+    for file in files:
+        write("{}\n", file)
+    recipe = load(write(minimal(data="{train: [{path: data/brief/test.jsonl}]}"), "mine/r.yaml")).recipe
+    assert recipe.data.train[0].path == str((here / hit).resolve())
 
 
 def test_a_data_file_that_is_nowhere_stays_as_it_is_written(accepted: Accepted) -> None:
@@ -793,7 +801,7 @@ def reloaded(loaded: Loaded, folder: Path, monkeypatch: pytest.MonkeyPatch) -> L
     folder.mkdir()
     monkeypatch.chdir(folder)
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(loaded.resolved(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path.write_text(loaded.text(), encoding="utf-8")
     return load(path)
 
 
@@ -809,7 +817,11 @@ READS_NUMBER = "the run writes the text plain, and the next reader takes it for 
         {"lora": "{target_modules: [q_proj, v_proj]}", "quantization": "{}"},
         {"dpo": "{loss_type: [sigmoid, sft], loss_weights: [1, 0.5], ld_alpha: 0}"},
         {"dpo": None, "orpo": "{nll_on_prompt: false}", "evaluation": "{samples: 0}"},
-        {"dpo": None, "sft": "{}", "data": "{train: [{path: rows.jsonl, answer: chosen, take: 5}], eval_fraction: 0.5}"},
+        {
+            "dpo": None,
+            "sft": "{}",
+            "data": "{train: [{path: rows.jsonl, answer: chosen, take: 5}], eval_fraction: 0.5}",
+        },
         {"trl": "{lr_scheduler_kwargs: {power: 2, names: [a, null]}, pad_to_multiple_of: null, tf32: on}"},
         {"model": "{name_or_path: '${oc.env:ALIGNCTL_T,org/model}'}"},
         bug({"model": "{name_or_path: m, revision: '12e4567'}"}, reason=READS_NUMBER),

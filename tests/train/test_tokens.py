@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from alignctl.errors import RecipeError
 from alignctl.formats import Message
@@ -99,6 +100,11 @@ def stop_text(template: str, family: str) -> str:
     return "<|im_end|>" if template == "chatml" else EOS[family]
 
 
+def lead_of(encoder: Encoder) -> str:
+    """What stands between the text that asks and the answer itself."""
+    return " " if "' ' + message['content']" in str(encoder.tokenizer.chat_template) else ""
+
+
 def rendered_to_stop(encoder: Encoder, turns: list[Message], stop: str) -> str:
     """What the tokenizer's own template makes of `turns`, up to and including the last stop token."""
     text = encoder.tokenizer.apply_chat_template(turns, tokenize=False)
@@ -122,7 +128,7 @@ def check_answer(encoder: Encoder, prompt: list[Message], answer: str, stop: str
     )
     assert prompt_ids == asked
     assert decode(encoder, prompt_ids + answer_ids) == whole
-    assert decode(encoder, answer_ids).endswith(answer + stop)
+    assert decode(encoder, answer_ids) == lead_of(encoder) + answer + stop
     assert [i for i in answer_ids if i in encoder.stop_ids] == answer_ids[-1:]
     bos = encoder.tokenizer.bos_token_id
     assert bos is None or (prompt_ids + answer_ids)[:2] != [bos, bos]
@@ -138,12 +144,16 @@ def runs(encoded: dict[str, list[int]]) -> list[list[int]]:
 def check_dialogue(encoder: Encoder, turns: list[Message], stop: str) -> None:
     """Every assistant turn carries loss up to its stop token, and nothing else does."""
     encoded = tokens.dialogue(encoder, {"messages": turns}, 10**6)
-    lead = decode(encoder, runs(encoded)[0])[0] if not encoder.has_system else ""
-    answers = [lead + turn["content"] + stop for turn in turns if turn["role"] == "assistant"]
-    assert [decode(encoder, run) for run in runs(encoded)] == answers
-    assert lead in ("", " ")
+    lead = lead_of(encoder)
+    expected = [lead + turn["content"] + stop for turn in turns if turn["role"] == "assistant"]
+    assert [decode(encoder, run) for run in runs(encoded)] == expected
     assert all(label in (-100, i) for i, label in zip(encoded["input_ids"], encoded["labels"], strict=True))
     assert decode(encoder, encoded["input_ids"]) == rendered_to_stop(encoder, folded(encoder, turns), stop)
+
+
+def length(pair: dict[str, list[int]]) -> int:
+    """Tokens of the prompt and of the longer answer."""
+    return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
 
 
 def reason(encoder: Encoder, prompt: list[Message], chosen: str, rejected: str, max_length: int = 1024) -> str:
@@ -231,7 +241,7 @@ def test_the_three_sequences_of_a_pair(make_encoder: MakeEncoder, template: str)
     assert decode(encoder, encoded["rejected_ids"]) == f"{lead}Stones.{stop}"
 
 
-def test_supervised_counts_the_tokens_with_loss(make_encoder: MakeEncoder) -> None:
+def test_supervised_counts_the_tokens_with_loss() -> None:
     assert tokens.supervised({"prompt_ids": [1, 2], "chosen_ids": [3, 4, 5], "rejected_ids": [6]}) == 4
     assert tokens.supervised({"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}) == 2
 
@@ -300,6 +310,13 @@ def test_the_eos_is_added_where_the_template_ends_no_answer(make_tokenizer: Make
     assert decode(encoder, ids) == "assistant: Leaves.\n</s>"
 
 
+def test_a_stop_token_inside_where_the_template_ends_no_answer(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer("mistral")
+    tokenizer.chat_template = BARE
+    encoder = tokens.encoder(tokenizer)
+    assert reason(encoder, [user("Tea?")], "Leaves.</s>More.", "Stones.") == "stop token inside the answer"
+
+
 def test_a_template_that_changes_the_prompt_afterwards(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer("mistral")
     tokenizer.chat_template = "{{ messages | length }}" + catalog.template("zephyr")
@@ -357,7 +374,11 @@ def test_a_system_message_stays_where_it_is_known(make_encoder: MakeEncoder, tem
     assert make_encoder("mistral", template).alternating(turns) == turns
 
 
-@pytest.mark.xfail(reason="tokens.Encoder.alternating folds an empty system message into two blank lines", strict=True)
+@pytest.mark.xfail(
+    reason="tokens.Encoder.alternating folds an empty system message into two blank lines",
+    raises=AssertionError,
+    strict=True,
+)
 @pytest.mark.parametrize("template", ["instruct", "mistral-instruct"])
 def test_an_empty_system_message_adds_nothing(make_encoder: MakeEncoder, template: str) -> None:
     assert make_encoder("mistral", template).alternating([system(""), user("Tea?")]) == [user("Tea?")]
@@ -379,18 +400,22 @@ NOT_ALTERNATING: dict[str, list[Message]] = {
 @pytest.mark.parametrize("turns", NOT_ALTERNATING.values(), ids=NOT_ALTERNATING.keys())
 def test_roles_that_do_not_alternate(make_encoder: MakeEncoder, template: str, turns: list[Message]) -> None:
     encoder = make_encoder("mistral", template)
-    with pytest.raises(Dropped, match="^roles do not alternate$"):
+    with pytest.raises(Dropped, match=r"^roles do not alternate$"):
         encoder.prompt_ids(turns)
     assert reason(encoder, turns, "Leaves.", "Stones.") == "roles do not alternate"
-    with pytest.raises(Dropped, match="^roles do not alternate$"):
-        tokens.dialogue(encoder, {"messages": [*turns, assistant("Leaves."), user("x"), user("y")]}, 1024)
+    with pytest.raises(Dropped, match=r"^roles do not alternate$"):
+        tokens.dialogue(encoder, {"messages": [*turns, assistant("Leaves.")]}, 1024)
 
 
-@pytest.mark.xfail(reason="tokens.Encoder.answer_ids: a prompt may end with an assistant turn", strict=True)
+@pytest.mark.xfail(
+    reason="tokens.Encoder.answer_ids: a prompt may end with an assistant turn",
+    raises=pytest.fail.Exception,
+    strict=True,
+)
 def test_a_prompt_that_ends_with_an_answer_does_not_alternate(make_encoder: MakeEncoder) -> None:
     prompt = [user("Tea?"), assistant("Leaves.")]
     row = {"prompt": prompt, "chosen": [assistant("Yes.")], "rejected": [assistant("No.")]}
-    with pytest.raises(Dropped, match="^roles do not alternate$"):
+    with pytest.raises(Dropped, match=r"^roles do not alternate$"):
         tokens.pair(make_encoder("mistral", "zephyr"), row, 1024)
 
 
@@ -404,7 +429,7 @@ def test_an_empty_answer(make_encoder: MakeEncoder, template: str, answer: str) 
     assert reason(encoder, [user("Tea?")], answer, "Stones.") == "empty answer"
     assert reason(encoder, [user("Tea?")], "Leaves.", answer) == "empty answer"
     for turns in ([user("Tea?"), assistant(answer)], [user("a"), assistant(answer), user("b"), assistant("c")]):
-        with pytest.raises(Dropped, match="^empty answer$"):
+        with pytest.raises(Dropped, match=r"^empty answer$"):
             tokens.dialogue(encoder, {"messages": turns}, 1024)
 
 
@@ -421,7 +446,7 @@ def test_an_answer_with_the_stop_token(make_encoder: MakeEncoder, template: str,
 
 def test_an_earlier_answer_with_the_stop_token(make_encoder: MakeEncoder) -> None:
     turns = [user("Tea?"), assistant("Leaves.</s>Stones."), user("Coffee?"), assistant("Beans.")]
-    with pytest.raises(Dropped, match="^stop token inside the answer$"):
+    with pytest.raises(Dropped, match=r"^stop token inside the answer$"):
         tokens.dialogue(make_encoder("mistral", "zephyr"), {"messages": turns}, 1024)
 
 
@@ -456,9 +481,8 @@ def test_a_pair_is_as_long_as_its_longer_side(make_encoder: MakeEncoder, chosen:
     encoder = make_encoder("mistral", "zephyr")
     row = {"prompt": [user("Tea?")], "chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}
     encoded = tokens.pair(encoder, row, 1024)
-    longest = len(encoded["prompt_ids"]) + max(len(encoded["chosen_ids"]), len(encoded["rejected_ids"]))
-    assert tokens.pair(encoder, row, longest) == encoded
-    assert reason(encoder, row["prompt"], chosen, rejected, longest - 1) == "longer than max_length"
+    assert tokens.pair(encoder, row, length(encoded)) == encoded
+    assert reason(encoder, row["prompt"], chosen, rejected, length(encoded) - 1) == "longer than max_length"
 
 
 def test_a_dialogue_that_is_too_long(make_encoder: MakeEncoder) -> None:
@@ -466,12 +490,12 @@ def test_a_dialogue_that_is_too_long(make_encoder: MakeEncoder) -> None:
     encoded = tokens.dialogue(encoder, {"messages": TURNS}, 1024)
     longest = len(encoded["input_ids"])
     assert tokens.dialogue(encoder, {"messages": TURNS}, longest) == encoded
-    with pytest.raises(Dropped, match="^longer than max_length$"):
+    with pytest.raises(Dropped, match=r"^longer than max_length$"):
         tokens.dialogue(encoder, {"messages": TURNS}, longest - 1)
 
 
 def test_a_dialogue_without_an_answer(make_encoder: MakeEncoder) -> None:
-    with pytest.raises(Dropped, match="^no assistant turn$"):
+    with pytest.raises(Dropped, match=r"^no assistant turn$"):
         tokens.dialogue(make_encoder("mistral", "zephyr"), {"messages": [user("Tea?")]}, 1024)
 
 
@@ -484,7 +508,7 @@ def test_a_question_after_the_last_answer_is_left_out(make_encoder: MakeEncoder)
 # --- tokens that merge over the seam of prompt and answer ---
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def merging(plain_tokenizer: Callable[..., PreTrainedTokenizerBase]) -> Encoder:
     """A tokenizer for which the line end before an answer and those at its start are one token."""
     tokenizer = plain_tokenizer()
@@ -503,9 +527,32 @@ def test_merged_tokens_in_a_last_turn(merging: Encoder, answer: str) -> None:
     check_dialogue(merging, [user("Tea?"), assistant("Leaves."), user("Coffee?"), assistant(answer)], "</s>")
 
 
-@pytest.mark.xfail(reason="tokens._supervise leaves an earlier turn out where tokens merge over its seam", strict=True)
+@pytest.mark.xfail(
+    reason="tokens._supervise leaves an earlier turn out where tokens merge over its seam",
+    raises=AssertionError,
+    strict=True,
+)
 def test_merged_tokens_in_an_earlier_turn(merging: Encoder) -> None:
     check_dialogue(merging, [user("Tea?"), assistant("\n\nLeaves."), user("Coffee?"), assistant("Beans.")], "</s>")
+
+
+@pytest.mark.parametrize("template", ["alpaca", "instruct", "mistral-instruct", "zephyr"])
+@pytest.mark.parametrize("answer", ["Leaves.", " Leaves.", "  \n Leaves."])
+def test_no_space_slips_in_before_an_answer(template: str, answer: str) -> None:
+    """Tokenizers in the manner of SentencePiece put a space before a text that they are given on its own."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    core.decoder = decoders.Metaspace(prepend_scheme="first")
+    alphabet = [chr(i) for i in range(128)]
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    core.train_from_iterator(["Leaves are tea"] * 3, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = catalog.template(template)
+    encoder = tokens.encoder(tokenizer)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("Leaves")["input_ids"])[0].startswith("▁")
+    ids = encoder.prompt_ids([user("Tea?")])
+    ids += encoder.answer_ids([user("Tea?")], ids, assistant(answer))
+    assert decode(encoder, ids) == rendered_to_stop(encoder, [user("Tea?"), assistant(answer)], "</s>")
 
 
 # --- any text ---
@@ -545,19 +592,26 @@ def test_any_dialogue(make_encoder: MakeEncoder, family: str, template: str, tur
 
 
 @many
+@given(question=texts, lead=st.text("\n ", max_size=5), answer=answers)
+def test_any_merged_answer(merging: Encoder, question: str, lead: str, answer: str) -> None:
+    check_answer(merging, [user(question)], lead + answer, "</s>")
+
+
+@many
 @given(template=st.sampled_from(TEMPLATES), turns=conversations(), other=answers, max_length=st.integers(8, 120))
 def test_any_pair_fits_or_is_dropped(
     make_encoder: MakeEncoder, template: str, turns: list[Message], other: str, max_length: int
 ) -> None:
+    encoder = make_encoder("mistral", template)
     row: dict[str, Any] = {"prompt": turns[:-1], "chosen": [turns[-1]], "rejected": [assistant(other)]}
     try:
-        encoded = tokens.pair(make_encoder("mistral", template), row, max_length)
+        encoded = tokens.pair(encoder, row, max_length)
     except Dropped as dropped:
         same = turns[-1]["content"].strip() == other.strip()
         assert dropped.reason == ("chosen equals rejected" if same else "longer than max_length")
+        assert same or length(tokens.pair(encoder, row, 10**6)) > max_length
     else:
-        longest = max(len(encoded["chosen_ids"]), len(encoded["rejected_ids"]))
-        assert len(encoded["prompt_ids"]) + longest <= max_length
+        assert length(encoded) <= max_length
 
 
 @many

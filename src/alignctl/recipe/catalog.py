@@ -62,7 +62,7 @@ def entry(name: str) -> Entry:
         RecipeError: there is none.
     """
     path = folder() / f"{name.removesuffix('.yaml')}.yaml"
-    if name.startswith("_") or not path.is_file():
+    if path.parent != folder() or not path.is_file():
         raise RecipeError(Problem(name, "no built-in recipe has this name", suggestion(name)))
     lines = path.read_text(encoding="utf-8").splitlines()
     header = [line.lstrip("# ").rstrip() for line in _leading(lines)]

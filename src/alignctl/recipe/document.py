@@ -20,10 +20,11 @@ def json_schema() -> dict[str, Any]:
     schema["properties"]["model"]["examples"] = [{"chat_template": name} for name in catalog.templates()]
     schema.pop("required", None)
     schema["anyOf"] = [{"required": ["extends"]}, {"required": ["model", "data", "training"]}]
-    schema["not"] = {"anyOf": [{"required": [a, b]} for i, a in enumerate(METHODS) for b in METHODS[i + 1 :]]}
-    for definition in schema["$defs"].values():
-        if "name_or_path" in definition["properties"] or "learning_rate" in definition["properties"]:
-            definition.pop("required", None)
+    pairs = [(a, b) for i, a in enumerate(METHODS) for b in METHODS[i + 1 :]]
+    given = {"type": "object"}
+    schema["not"] = {"anyOf": [{"required": [a, b], "properties": {a: given, b: given}} for a, b in pairs]}
+    for name in ("Model", "Data", "Training"):
+        schema["$defs"][name].pop("required")
     return schema
 
 
@@ -39,7 +40,7 @@ def markdown() -> str:
 
 
 def _row(key: str, info: Any) -> str:
-    kind = str(info.annotation) if "[" in str(info.annotation) else getattr(info.annotation, "__name__", "")
+    kind = info.annotation.__name__ if type(info.annotation) is type else str(info.annotation)
     for noise in ("typing.", "alignctl.recipe.schema.", " | None"):
         kind = kind.replace(noise, "")
     if "Annotated[list[Literal" in kind:

@@ -47,13 +47,12 @@ class Loaded:
 
     recipe: Recipe
     name: str
-    secrets: dict[str, str]
+    secrets: dict[tuple[str, ...], str]
 
     def resolved(self) -> dict[str, Any]:
         """Every key that counts, defaults included; values read from the environment stay `${oc.env:…}`."""
         values = self.recipe.model_dump(mode="json", exclude_none=True)
-        for dotted, written in self.secrets.items():
-            *parents, last = dotted.split(".")
+        for (*parents, last), written in self.secrets.items():
             holder: Any = values
             for key in parents:
                 holder = holder[int(key)] if isinstance(holder, list) else holder[key]
@@ -62,7 +61,7 @@ class Loaded:
 
     def text(self) -> str:
         """The resolved recipe as YAML, as the run folder holds it."""
-        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
+        return tree.dump(self.resolved())
 
 
 def load(path: Path, overrides: list[str] | None = None, method: str | None = None) -> Loaded:
@@ -72,20 +71,54 @@ def load(path: Path, overrides: list[str] | None = None, method: str | None = No
         RecipeError: with one problem for each mistake, `method` being the command that asked.
     """
     found = _with_bases(path, ())
+    if found.broken:
+        raise RecipeError(*found.problems)
     for override in overrides or []:
         tree.put(found, override)
     found.values.pop("extends", None)
-    secrets = _from_environment(found)
+    environment = _Environment(found)
+    found.values = _without_null(environment.expanded())
     _find_files(found, path)
-    problems = [*found.problems, *_rules(found, method)]
-    recipe = None
-    try:
-        recipe = Recipe.model_validate(found.values)
-    except ValidationError as error:
-        problems += [_explain(found, dict(item)) for item in error.errors()]
+    recipe, wrong = _validated(found, environment)
+    problems = [*found.problems, *_rules(found, method), *wrong]
     if problems or recipe is None:
         raise RecipeError(*dict.fromkeys(sorted(problems, key=_order)))
-    return Loaded(recipe, path.stem, secrets)
+    return Loaded(recipe, path.stem, environment.written)
+
+
+def _validated(found: Tree, environment: _Environment) -> tuple[Recipe | None, list[Problem]]:
+    """The recipe, or what is wrong with its keys one by one."""
+    try:
+        return Recipe.model_validate(found.values), []
+    except ValidationError as error:
+        items = [dict(item) for item in error.errors()]
+    texts = [item for item in items if item["type"] == "string_type" and _location(item) in environment.texts]
+    if texts:  # digits from the environment are a number only where a number belongs
+        for item in texts:
+            _set(found.values, _location(item), environment.texts[_location(item)])
+        return _validated(found, environment)
+    wrong: dict[tuple[str, ...], Problem] = {}
+    for item in items:
+        location = _location(item)
+        if location not in environment.missing:
+            wrong.setdefault(location, _explain(found, item, environment.written.get(location)))
+    return None, list(wrong.values())
+
+
+def _set(values: Any, location: tuple[str, ...], value: Any) -> None:
+    *parents, last = location
+    for key in parents:
+        values = values[int(key)] if isinstance(values, list) else values[key]
+    values[int(last) if isinstance(values, list) else last] = value
+
+
+def _without_null(values: dict[str, Any]) -> dict[str, Any]:
+    """`key: null` means the default; what stands under `trl` is TRL's own."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        if value is not None:
+            out[key] = _without_null(value) if isinstance(value, dict) and key != "trl" else value
+    return out
 
 
 def _order(problem: Problem) -> tuple[str, int, str]:
@@ -114,54 +147,69 @@ def _with_bases(path: Path, above: tuple[Path, ...]) -> Tree:
     return tree.merge(_with_bases(target, (path, *above)), here)
 
 
-def _from_environment(found: Tree) -> dict[str, str]:
-    """Replace `${oc.env:NAME}` in place; returns {dotted key: text as written}."""
-    secrets: dict[str, str] = {}
+class _Environment:
+    """The values of a tree that come from the environment: as written, as text, and those that it does not have."""
 
-    def walk(value: Any, dotted: str) -> Any:
+    def __init__(self, found: Tree) -> None:
+        self.found = found
+        self.written: dict[tuple[str, ...], str] = {}
+        self.texts: dict[tuple[str, ...], str] = {}
+        self.missing: set[tuple[str, ...]] = set()
+
+    def expanded(self) -> Any:
+        """The tree's values with every `${oc.env:NAME}` replaced."""
+        return self._walk(self.found.values, ())
+
+    def _walk(self, value: Any, at: tuple[str, ...]) -> Any:
         if isinstance(value, dict):
-            return {k: walk(v, f"{dotted}.{k}" if dotted else str(k)) for k, v in value.items()}
+            return {key: self._walk(item, (*at, str(key))) for key, item in value.items()}
         if isinstance(value, list):
-            return [walk(v, f"{dotted}.{i}") for i, v in enumerate(value)]
-        if not isinstance(value, str) or "${" not in value:
-            return value
-        secrets[dotted] = value
-        return _expand(found, value, dotted)
+            return [self._walk(item, (*at, str(i))) for i, item in enumerate(value)]
+        return self._expand(value, at) if isinstance(value, str) and "${" in value else value
 
-    found.values = walk(found.values, "")
-    return secrets
+    def _expand(self, written: str, at: tuple[str, ...]) -> Any:
+        dotted = ".".join(at)
+        self.written[at] = written
+        if "${" in _ENVIRONMENT.sub("", written):
+            self._problem(at, f"{dotted}: unknown {written}", "only ${oc.env:NAME} and ${oc.env:NAME,default} are known")
+        names = [match["name"] for match in _ENVIRONMENT.finditer(written) if match["default"] is None]
+        for name in names:
+            if name not in os.environ:
+                self._problem(at, f"{dotted}: the environment has no {name}", "export it")
+        text = _ENVIRONMENT.sub(lambda match: os.environ.get(match["name"], match["default"] or ""), written)
+        self.texts[at] = text
+        try:
+            return tree.scalar(text) if _ENVIRONMENT.fullmatch(written) else text
+        except yaml.YAMLError:
+            return text
 
-
-def _expand(found: Tree, text: str, dotted: str) -> Any:
-    def one(match: re.Match[str]) -> str:
-        value = os.environ.get(match["name"], match["default"])
-        if value is None:
-            found.problems.append(
-                Problem(found.place(dotted), f"{dotted}: the environment has no {match['name']}", "export it")
-            )
-        return value or ""
-
-    out = _ENVIRONMENT.sub(one, text)
-    if "${" in out and "${oc.env:" not in text:
-        found.problems.append(Problem(found.place(dotted), f"{dotted}: unknown {text}", "only ${oc.env:NAME} is known"))
-    return tree.scalar(out) if _ENVIRONMENT.fullmatch(text) else out
+    def _problem(self, at: tuple[str, ...], what: str, way_out: str) -> None:
+        self.missing.add(at)
+        self.found.problems.append(Problem(self.found.place(".".join(at)), what, way_out))
 
 
 def _find_files(found: Tree, recipe: Path) -> None:
-    """Make the paths of local data files absolute, so that the run folder's recipe means the same anywhere."""
-    data = found.values.get("data")
+    """Make the paths of local data files and templates absolute, so that the run folder's recipe means the same anywhere."""
+    places = (recipe.parent, Path.cwd(), catalog.folder())
+
+    def absolute(path: str) -> str:
+        hit = next((place / path for place in places if (place / path).is_file()), None)
+        return str(hit.resolve()) if hit else path
+
+    model, data = found.values.get("model"), found.values.get("data")
+    template = model.get("chat_template") if isinstance(model, dict) else None
+    if isinstance(template, str) and template.endswith(".jinja"):
+        found.values["model"]["chat_template"] = absolute(template)
     for part in ("train", "eval"):
         sources = data.get(part) if isinstance(data, dict) else None
         for source in sources if isinstance(sources, list) else []:
             if isinstance(source, dict) and isinstance(source.get("path"), str):
-                places = (recipe.parent, Path.cwd(), catalog.folder())
-                hits = [p / source["path"] for p in places if (p / source["path"]).is_file()]
-                source["path"] = str(hits[0].resolve()) if hits else source["path"]
+                source["path"] = absolute(source["path"])
 
 
 def _rules(found: Tree, method: str | None) -> list[Problem]:
     """What no single key can know: methods, pairs of keys that contradict each other, and the names under `trl`."""
-    values = {key: value for key, value in found.values.items() if value is not None}
+    values = found.values
     sections = {key: value for key, value in values.items() if isinstance(value, dict)}
     return [
         *_method_rules(found, values, method),
@@ -175,6 +223,9 @@ def _method_rules(found: Tree, values: dict[str, Any], method: str | None) -> li
     present = [name for name in METHODS if name in values]
     if len(present) > 1:
         return [Problem(found.place(present[1]), f"{' and '.join(present)}: a recipe has one method", "keep one")]
+    empty = [name for name in METHODS if name in found.places and name not in values]
+    if not present and empty:
+        return [Problem(found.place(empty[0]), f"{empty[0]}: is empty", f"write `{empty[0]}: {{}}` to keep the defaults")]
     if not present:
         return [Problem(found.place(""), "no method", f"add a section, e.g. `{method or 'dpo'}: {{}}`")]
     if method and present[0] != method:
@@ -199,7 +250,7 @@ def _pair_rules(found: Tree, sections: dict[str, dict[str, Any]]) -> list[Proble
          given("training.warmup_ratio") is not None, "training.warmup_ratio is given too", "keep one of the two"),
         ("dpo.loss_weights", isinstance(weights, list) and len(weights) != count,
          f"must have as many numbers as dpo.loss_type has losses ({count})", "give one weight for each loss"),
-        ("dpo.label_smoothing", losses == "exo_pair" and not given("dpo.label_smoothing"),
+        ("dpo.label_smoothing", "exo_pair" in (losses if isinstance(losses, list) else [losses]) and not given("dpo.label_smoothing"),
          "must be above 0 for exo_pair", "the paper recommends 1e-3"),
     ]
     return [Problem(found.place(key), f"{key}: {what}", way_out) for key, wrong, what, way_out in checks if wrong]
@@ -212,7 +263,7 @@ def _template_rules(found: Tree, model: dict[str, Any]) -> list[Problem]:
     if template.endswith(".jinja"):
         if Path(template).is_file():
             return []
-        what, way_out = f"no such file {template}", "the path is looked for in the current folder"
+        what, way_out = f"no such file {template}", "it is looked for beside the recipe and in the current folder"
     else:
         near = difflib.get_close_matches(template, catalog.templates(), 1)
         what = f"unknown template {template!r}"
@@ -249,23 +300,31 @@ def _trl_rules(found: Tree, values: dict[str, Any]) -> list[Problem]:
     return problems
 
 
-def _explain(found: Tree, item: dict[str, Any]) -> Problem:
-    """One pydantic error as one problem."""
-    location = [str(part) for part in item["loc"]]
-    kind = str(item["type"])
-    if kind == "extra_forbidden":
-        dotted = ".".join(location)
+def _location(item: dict[str, Any]) -> tuple[str, ...]:
+    """The keys that a pydantic error is about, without the names that it gives to the branches of a union."""
+    parts = item["loc"]
+    return tuple(
+        str(part)
+        for i, part in enumerate(parts)
+        if isinstance(part, int) or part in _KEYS or (item["type"] == "extra_forbidden" and i == len(parts) - 1)
+    )
+
+
+_KEYS = {*Recipe.model_fields, *Source.model_fields, *(key for section in SECTIONS.values() for key in section.model_fields)}
+
+
+def _explain(found: Tree, item: dict[str, Any], written: str | None) -> Problem:
+    """One pydantic error as one problem; a value from the environment is shown as it was written."""
+    location = _location(item)
+    dotted = ".".join(location)
+    if item["type"] == "extra_forbidden":
         return Problem(found.place(dotted), f"{dotted}: unknown key", _nearest(location))
-    dotted = ".".join(part for part in location if part.islower() and "[" not in part and part not in _TYPES)
-    if kind == "missing":
+    if item["type"] == "missing":
         return Problem(found.place(dotted), f"{dotted}: is missing", f"add {dotted}")
-    got = item.get("input")
+    got = written if written is not None else item.get("input")
     what = item["msg"][0].lower() + item["msg"][1:]
     shown = f", got {got!r}" if isinstance(got, str | int | float | bool) else ""
     return Problem(found.place(dotted), f"{dotted}: {what}{shown}", _default(dotted))
-
-
-_TYPES = {"str", "int", "bool", "float", "literal", "list", "none"}
 
 
 def _default(dotted: str) -> str:
@@ -276,25 +335,24 @@ def _default(dotted: str) -> str:
     return f"the default is {info.default!r}"
 
 
-def _nearest(location: list[str]) -> str:
+def _nearest(location: tuple[str, ...]) -> str:
     *parents, key = location
-    siblings = list(SECTIONS[parents[0]].model_fields) if parents and parents[0] in SECTIONS else []
-    siblings = siblings if len(parents) == 1 else list(Source.model_fields) if parents else []
-    top = [*Recipe.model_fields, "extends"]
-    near = difflib.get_close_matches(key, siblings or top, 1, cutoff=0.75)
-    if near:
-        return f"did you mean {'.'.join([*parents, near[0]])}?"
-    homes = [f"{name}.{key}" for name, section in SECTIONS.items() if key in section.model_fields]
-    if homes:
-        return f"did you mean {' or '.join(homes)}?"
     if key in FOREIGN:
         return f"here it is {FOREIGN[key]}"
-    return _guess(key, parents, siblings or top)
-
-
-def _guess(key: str, parents: list[str], siblings: list[str]) -> str:
+    siblings = _siblings(parents)
+    near = difflib.get_close_matches(key, siblings, 1, cutoff=0.75)
+    homes = [f"{name}.{key}" for name, section in SECTIONS.items() if key in section.model_fields]
+    if near or homes:
+        return f"did you mean {'.'.join([*parents, near[0]]) if near else ' or '.join(homes)}?"
+    near = difflib.get_close_matches(key, siblings, 1)
     everywhere = {k: f"{name}.{k}" for name, section in SECTIONS.items() for k in section.model_fields}
-    near = difflib.get_close_matches(key, siblings, 1) or difflib.get_close_matches(key, everywhere, 1)
-    if near:
-        return f"did you mean {'.'.join([*parents, near[0]]) if near[0] in siblings else everywhere[near[0]]}?"
+    far = difflib.get_close_matches(key, everywhere, 1, cutoff=0.75)
+    if near or far:
+        return f"did you mean {'.'.join([*parents, near[0]]) if near else everywhere[far[0]]}?"
     return f"known here: {', '.join(siblings)}"
+
+
+def _siblings(parents: list[str]) -> list[str]:
+    if not parents:
+        return [*Recipe.model_fields, "extends"]
+    return list(SECTIONS[parents[0]].model_fields if len(parents) == 1 else Source.model_fields)

@@ -21,6 +21,7 @@ class Tree:
     values: dict[str, Any]
     places: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    broken: bool = False
 
     def place(self, dotted: str) -> str:
         """The place of a key, or of the nearest section around it."""
@@ -49,52 +50,99 @@ def scalar(text: str) -> Any:
     return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
 
 
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes every text which `_Loader` would read as something else."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def dump(values: dict[str, Any]) -> str:
+    """`values` as YAML that reads back as the same values."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 def read(path: Path) -> Tree:
-    """Read one file. Syntax errors and duplicate keys become problems, not exceptions."""
+    """Read one file. What is wrong with it becomes problems, not exceptions."""
     try:
         loader = _Loader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
+        if isinstance(node, yaml.MappingNode):
+            tree = Tree({})
+            tree.values = _values(loader, node, (), tree, str(path))
+            return tree
     except UnicodeDecodeError as error:
-        return Tree({}, problems=[Problem(str(path), f"is not UTF-8 text (byte {error.start})", "save it as UTF-8")])
+        return _broken(str(path), f"is not UTF-8 text (byte {error.start})", "save it as UTF-8")
+    except OSError as error:
+        return _broken(str(path), f"cannot be read: {error.strerror}", "check its permissions")
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        return Tree({}, problems=[Problem(f"{path}:{line}", f"not YAML: {error.problem}", "mend the line")])
+        return _broken(f"{path}:{line}", f"not YAML: {error.problem}", "mend the line")
     except yaml.YAMLError as error:
-        return Tree({}, problems=[Problem(str(path), f"not YAML: {str(error).splitlines()[0]}", "mend the file")])
-    if not isinstance(node, yaml.MappingNode):
-        what = "is empty" if node is None else "is not a mapping of sections"
-        return Tree({}, problems=[Problem(str(path), what, "start from `alignctl recipes copy NAME`")])
-    tree = Tree({})
-    tree.values = _values(loader, node, (), tree, str(path))
-    return tree
+        return _broken(str(path), f"not YAML: {str(error).splitlines()[0]}", "mend the file")
+    except RecursionError:
+        return _broken(str(path), "not a recipe: an alias stands inside itself", "mend the file")
+    what = "is empty" if node is None else "is not a mapping of sections"
+    return _broken(str(path), what, "start from `alignctl recipes copy NAME`")
+
+
+def _broken(where: str, what: str, way_out: str) -> Tree:
+    return Tree({}, problems=[Problem(where, what, way_out)], broken=True)
 
 
 def _values(loader: _Loader, node: yaml.Node, at: Path_, tree: Tree, file: str) -> Any:
     tree.places[".".join(at)] = f"{file}:{node.start_mark.line + 1}"
     if isinstance(node, yaml.SequenceNode):
         return [_values(loader, child, (*at, str(i)), tree, file) for i, child in enumerate(node.value)]
-    if not isinstance(node, yaml.MappingNode):
+    if isinstance(node, yaml.MappingNode):
+        return _mapping(loader, node, at, tree, file)
+    try:
         return loader.construct_object(node, deep=True)
-    loader.flatten_mapping(node)
+    except ValueError as error:
+        raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode, at: Path_, tree: Tree, file: str) -> dict[str, Any]:
+    written: dict[str, str] = {}
+    for key_node, _ in node.value:
+        key, place = str(key_node.value), f"{file}:{key_node.start_mark.line + 1}"
+        if key in written and key_node.tag != "tag:yaml.org,2002:merge":
+            dotted = ".".join((*at, key))
+            tree.problems.append(Problem(place, f"{dotted}: stands twice, first at {written[key]}", "keep one of them"))
+        written.setdefault(key, place)
+    loader.flatten_mapping(node)  # what `<<` brings comes first, so that the keys written here win
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
         key = str(key_node.value)
-        dotted, place = ".".join((*at, key)), f"{file}:{key_node.start_mark.line + 1}"
-        if key in values:
-            tree.problems.append(
-                Problem(place, f"{dotted}: stands twice, first at {tree.places[dotted]}", "keep one of them")
-            )
-            continue
         values[key] = _values(loader, value_node, (*at, key), tree, file)
-        tree.places[dotted] = place
+        tree.places[".".join((*at, key))] = f"{file}:{key_node.start_mark.line + 1}"
     return values
 
 
 def merge(base: Tree, near: Tree) -> Tree:
     """`near` over `base`, key by key; lists and scalars are replaced whole, and `null` takes a section away."""
-    return Tree(
-        _merged(base.values, near.values), {**base.places, **near.places}, [*base.problems, *near.problems]
-    )
+    places = dict(base.places)
+    for dotted in near.places:
+        if dotted and not isinstance(_at(near.values, dotted), dict):
+            _forget(places, dotted)
+    problems = [*base.problems, *near.problems]
+    values = _merged(base.values, near.values)
+    return Tree(values, {**places, **near.places}, problems, base.broken or near.broken)
+
+
+def _at(values: Any, dotted: str) -> Any:
+    for key in dotted.split("."):
+        if isinstance(values, list):
+            values = values[int(key)]
+        else:
+            values = values.get(key) if isinstance(values, dict) else None
+    return values
+
+
+def _forget(places: dict[str, str], dotted: str) -> None:
+    """Take away the places below a key whose value is replaced."""
+    for below in [place for place in places if place.startswith(f"{dotted}.")]:
+        del places[below]
 
 
 def _merged(base: dict[str, Any], near: dict[str, Any]) -> dict[str, Any]:
@@ -112,23 +160,34 @@ def put(tree: Tree, override: str) -> None:
     if not equals or not dotted:
         tree.problems.append(Problem(place, "is not key=value", "write it as training.learning_rate=1e-5"))
         return
+    if dotted == "extends":
+        tree.problems.append(Problem(place, "cannot be set here", "`extends` belongs in the file"))
+        return
     *parents, last = dotted.split(".")
     try:
         value = scalar(text)
         holder: Any = tree.values
-        for key in parents:
-            holder = holder[int(key)] if isinstance(holder, list) else _section(holder, key)
+        for depth, key in enumerate(parents, 1):
+            holder = holder[_index(key)] if isinstance(holder, list) else _section(tree, holder, parents[:depth], place)
         if isinstance(holder, list):
-            holder[int(last)] = value
+            holder[_index(last)] = value
         else:
             holder[last] = value
     except (yaml.YAMLError, ValueError, IndexError, TypeError, AttributeError):
         tree.problems.append(Problem(place, "cannot be set", "the key must name a value of the recipe"))
         return
+    _forget(tree.places, dotted)
     tree.places[dotted] = place
 
 
-def _section(holder: dict[str, Any], key: str) -> Any:
-    if holder.get(key) is None:
-        holder[key] = {}
-    return holder[key]
+def _index(key: str) -> int:
+    if not key.isdigit():
+        raise ValueError(key)
+    return int(key)
+
+
+def _section(tree: Tree, holder: dict[str, Any], path: list[str], place: str) -> Any:
+    if holder.get(path[-1]) is None:
+        holder[path[-1]] = {}
+        tree.places[".".join(path)] = place
+    return holder[path[-1]]

@@ -110,7 +110,8 @@ def _read(given: list[Source], method: str) -> list[Read]:
         try:
             shape = formats.detect(rows[0].values, preference=method != "sft" or source.answer is not None)
         except formats.RowError as error:
-            raise DataError(Problem(rows[0].place, str(error), "rename the columns; for sft on a preference set, `answer: chosen`")) from error
+            hint = "; for a preference set, `answer: chosen`" if method == "sft" else ""
+            raise DataError(Problem(rows[0].place, str(error), f"rename the columns{hint}")) from error
         canonical = [_canonical(shape, row) for row in rows]
         if method == "sft" and source.answer is not None:
             canonical = [formats.chosen_dialogue(row) for row in canonical]
@@ -131,6 +132,9 @@ def _split(rows: list[Read], fraction: float, seed: int) -> tuple[list[Read], li
     keys = sorted({prompt_key(row) for _, row, _ in rows})
     random.Random(seed).shuffle(keys)
     held = set(keys[: max(1, round(fraction * len(keys)))])
+    if len(held) == len(keys):
+        what = f"{fraction} of {len(keys)} different prompts leaves none to train on"
+        raise DataError(Problem("data.eval_fraction", what, "lower it, or name `data.eval`"))
     return [r for r in rows if prompt_key(r[1]) not in held], [r for r in rows if prompt_key(r[1]) in held]
 
 
@@ -161,14 +165,15 @@ def _check(part: str, ledger: Ledger, data: Data) -> None:
     overlong = ledger.dropped.get("longer than max_length", [])
     if overlong and data.overlong == "error":
         raise DataError(
-            Problem(overlong[0], f"and {len(overlong) - 1} more rows are longer than {data.max_length} tokens",
+            Problem(part, f"rows longer than {data.max_length} tokens: {len(overlong)} (first: {', '.join(overlong[:3])})",
                     "raise data.max_length, or data.overlong=drop")
         )
     if ledger.kept and ledger.lost <= data.max_dropped * ledger.rows:
         return
     worst = sorted(ledger.dropped.items(), key=lambda item: -len(item[1]))[:3]
-    reasons = "; ".join(f"{reason}: {len(rows)} rows (first: {', '.join(rows[:3])})" for reason, rows in worst)
+    reasons = "; ".join(f"{reason}: {len(rows)} (first: {', '.join(rows[:3])})" for reason, rows in worst)
+    much = f"more than data.max_dropped ({data.max_dropped:.0%})" if ledger.kept else "so none is left"
     raise DataError(
-        Problem(part, f"{ledger.lost} of {ledger.rows} rows would be dropped, more than data.max_dropped "
-                f"({data.max_dropped:.0%}): {reasons}", "mend the rows, or raise data.max_length or data.max_dropped")
+        Problem(part, f"{ledger.lost} of {ledger.rows} rows would be dropped, {much}: {reasons}",
+                "mend the rows, or raise data.max_length or data.max_dropped")
     )

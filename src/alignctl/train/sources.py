@@ -53,16 +53,26 @@ def _file_rows(source: Source) -> Iterator[RawRow]:
     try:
         yield from reader(path)
     except UnicodeDecodeError as error:
-        raise DataError(Problem(str(path), f"is not UTF-8 (byte {error.start})", "convert it to UTF-8")) from error
+        raise DataError(Problem(f"{path}:{_undecodable_line(path)}", "is not UTF-8", "convert it to UTF-8")) from error
     except OSError as error:
         raise DataError(Problem(str(path), f"cannot be read: {error.strerror or error}", "mend the file")) from error
+
+
+def _undecodable_line(path: Path) -> int:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8-sig")
+            except UnicodeDecodeError:
+                return number
+    return 1
 
 
 def _jsonl(path: Path) -> Iterator[RawRow]:
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield RawRow(f"{path.name}:{number}", _object(_parse(line, path, number), f"{path}:{number}"))
+                yield RawRow(f"{path.name}:{number}", _object(_parse(line.strip(), path, number), f"{path}:{number}"))
 
 
 def _json(path: Path) -> Iterator[RawRow]:
@@ -78,7 +88,11 @@ def _parse(text: str, path: Path, line: int) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         what = "is empty" if not text.strip() else f"not JSON: {error.msg} (column {error.colno})"
-        raise DataError(Problem(f"{path}:{line + error.lineno - 1}", what, "mend or remove the row")) from error
+        lines = path.suffix == ".json" and error.msg == "Extra data"
+        way_out = "one object a line belongs in a .jsonl file" if lines else "mend or remove the row"
+        raise DataError(Problem(f"{path}:{line + error.lineno - 1}", what, way_out)) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(Problem(f"{path}:{line}", f"not JSON: {error}", "mend or remove the row")) from error
 
 
 def _object(row: Any, where: str) -> dict[str, Any]:
@@ -100,7 +114,7 @@ def _csv(path: Path) -> Iterator[RawRow]:
                     )
                 yield RawRow(f"{path.name}:{reader.line_num}", dict(row))
         except csv.Error as error:
-            raise DataError(Problem(f"{path}:{reader.line_num}", f"not CSV: {error}", "mend the row")) from error
+            raise DataError(Problem(f"{path}:{reader.line_num + 1}", f"not CSV: {error}", "mend the row")) from error
 
 
 def _parquet(path: Path) -> Iterator[RawRow]:
@@ -115,7 +129,7 @@ def _parquet(path: Path) -> Iterator[RawRow]:
                     number += 1
                     yield RawRow(f"{path.name} row {number}", row)
     except pyarrow.ArrowInvalid as error:
-        raise DataError(Problem(str(path), f"not Parquet: {error}", "write the file again")) from error
+        raise DataError(Problem(str(path), f"not Parquet: {_first_line(error)}", "write the file again")) from error
 
 
 def _hub_rows(source: Source) -> Iterator[RawRow]:
@@ -126,16 +140,27 @@ def _hub_rows(source: Source) -> Iterator[RawRow]:
         rows = datasets.load_dataset(
             source.path, source.name, split=source.split, revision=source.revision, streaming=False
         )
-    except datasets.exceptions.DatasetNotFoundError as error:
-        raise _unreachable(source, error) from error
-    except (ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(Problem(source.path, str(error).splitlines()[0], "set `split` and `name`")) from error
-    except (OSError, RuntimeError) as error:
-        raise _unreachable(source, error) from error
+    except Exception as error:
+        raise _hub_error(source, error) from error
     for number, row in enumerate(rows, 1):
         yield RawRow(f"{source.path}[{source.split}] row {number}", row)
 
 
-def _unreachable(source: Source, error: Exception) -> MachineError:
-    what = f"the hub has no such data set, or cannot be reached ({type(error).__name__})"
-    return MachineError(Problem(source.path, what, "check the name and the network, or give a local file"))
+def _hub_error(source: Source, error: Exception) -> Exception:
+    """What `load_dataset` raised, as ours; a bug stays what it is."""
+    import datasets
+
+    name = type(error).__name__
+    absent = isinstance(error, datasets.exceptions.DatasetNotFoundError)
+    if absent or isinstance(error, OSError) or type(error).__module__.startswith("httpx"):
+        what = f"the hub has no such data set, or cannot be reached ({name})"
+        return MachineError(Problem(source.path, what, "check the name and the network, or give a local file"))
+    if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
+        return DataError(Problem(source.path, f"cannot be read: {_first_line(error.__cause__)}", "see its cause"))
+    if isinstance(error, ValueError | RuntimeError | datasets.exceptions.DatasetsError):
+        return DataError(Problem(source.path, _first_line(error), "set `split`, `name` and `revision`"))
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -50,8 +50,15 @@ class Encoder:
         return ids
 
     def prompt_ids(self, prompt: Sequence[Message]) -> list[int]:
-        """Ids that the model is asked with."""
-        return self.encode(self.render(self.alternating(prompt), ask=True))
+        """Ids that the model is asked with.
+
+        Raises:
+            Dropped: the roles do not alternate, or the last word is not the user's.
+        """
+        turns = self.alternating(prompt)
+        if turns[-1]["role"] != "user":
+            raise Dropped("roles do not alternate")
+        return self.encode(self.render(turns, ask=True))
 
     def alternating(self, messages: Sequence[Message]) -> list[Message]:
         """`messages` as the template wants them: a system message it does not know is folded into the first user turn.
@@ -65,10 +72,13 @@ class Encoder:
         expected = ["user", "assistant"] * len(turns)
         if misplaced or not turns or any(m["role"] != role for m, role in zip(turns, expected, strict=False)):
             raise Dropped("roles do not alternate")
-        if system and not self.has_system:
-            first = {"role": "user", "content": f"{system[0]}\n\n{turns[0]['content']}"}
-            return [first, *turns[1:]]
-        return [{"role": "system", "content": system[0]}, *turns] if system else turns
+        if not system:
+            return turns
+        if self.has_system:
+            return [{"role": "system", "content": system[0]}, *turns]
+        if not system[0].strip():
+            return turns
+        return [{"role": "user", "content": f"{system[0]}\n\n{turns[0]['content']}"}, *turns[1:]]
 
     def answer_ids(self, prompt: Sequence[Message], prompt_ids: list[int], answer: Message) -> list[int]:
         """Ids of `answer` after `prompt`, ending in exactly one stop token.
@@ -97,11 +107,11 @@ class Encoder:
         stops = [i for i, token in enumerate(ids) if token in self.stop_ids]
         if not stops:
             return [*ids, self.stop_ids[0]]
-        if stops[0] == 0:
-            raise Dropped("empty answer")
         tail = self.tokenizer.decode(ids[stops[0] + 1 :], skip_special_tokens=True)
         if len(stops) > 1 or tail.strip():
             raise Dropped("stop token inside the answer")
+        if stops[0] == 0:
+            raise Dropped("empty answer")
         return ids[: stops[0] + 1]
 
 
@@ -198,12 +208,17 @@ def dialogue(encoder: Encoder, row: Canonical, max_length: int) -> dict[str, lis
 
 
 def _supervise(encoder: Encoder, turns: list[Message], i: int, ids: list[int], labels: list[int]) -> None:
-    """Copy the ids of the earlier answer `turns[i]` into `labels`, where the conversation holds it as it would stand."""
+    """Copy the ids of the earlier answer `turns[i]` into `labels`.
+
+    Raises:
+        Dropped: the conversation does not hold the answer's ids as they would be generated.
+    """
     start = encoder.prompt_ids(turns[:i])
     answer = encoder.answer_ids(turns[:i], start, turns[i])
     end = len(start) + len(answer)
-    if ids[:end] == start + answer:
-        labels[len(start) : end] = answer
+    if ids[:end] != start + answer:
+        raise Dropped("an earlier answer's tokens merge with its prompt")
+    labels[len(start) : end] = answer
 
 
 def supervised(encoded: dict[str, Any]) -> int:
