@@ -1,6 +1,6 @@
 """CPU seconds of the commands that must answer at once, beside `trl dpo --help`.
 
-    python benchmarks/startup.py
+python benchmarks/startup.py
 """
 
 import resource

@@ -1,7 +1,7 @@
 """Write the pages and tables that are made from the code: docs/recipe.md, and the recipe table in README.md.
 
-    python scripts/document.py           write them
-    python scripts/document.py --check   exit 1 where one of them is not current
+python scripts/document.py           write them
+python scripts/document.py --check   exit 1 where one of them is not current
 """
 
 import sys
@@ -18,7 +18,13 @@ def recipe_table() -> str:
     for name in catalog.names():
         entry = catalog.entry(name)
         recipe = load.load(entry.path).recipe
-        cells = (f"[`{name}`](recipes/{name}.yaml)", recipe.method, recipe.model.name_or_path, entry.summary, entry.needs)
+        cells = (
+            f"[`{name}`](recipes/{name}.yaml)",
+            recipe.method,
+            recipe.model.name_or_path,
+            entry.summary,
+            entry.needs,
+        )
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 

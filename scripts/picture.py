@@ -1,6 +1,6 @@
 """Run a command in a terminal of its own and draw what it leaves on the screen as SVG.
 
-    python scripts/picture.py docs/run.svg alignctl dpo demo-dpo --overwrite
+python scripts/picture.py docs/run.svg alignctl dpo demo-dpo --overwrite
 """
 
 import fcntl
@@ -25,7 +25,9 @@ def screen_of(command: list[str]) -> pyte.Screen:
     stream = pyte.ByteStream(screen)
     pid, terminal = pty.fork()
     if pid == 0:
-        os.environ.update(TERM="xterm-256color", COLUMNS=str(COLUMNS), PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        os.environ.update(
+            TERM="xterm-256color", COLUMNS=str(COLUMNS), PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        )
         os.execvp(command[0], command)
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, COLUMNS, 0, 0))
     while True:
@@ -47,7 +49,8 @@ def text_of(screen: pyte.Screen) -> list[Text]:
         for column in range(COLUMNS):
             cell = screen.buffer[row][column]
             colour = None if cell.fg == "default" else cell.fg.replace("brown", "yellow")
-            text.append(cell.data, Style(color=f"#{colour}" if colour and len(colour) == 6 and colour.isalnum() and not colour.isalpha() else colour, bold=cell.bold))
+            hexadecimal = colour and len(colour) == 6 and colour.isalnum() and not colour.isalpha()
+            text.append(cell.data, Style(color=f"#{colour}" if hexadecimal else colour, bold=cell.bold))
         text.rstrip()
         lines.append(text)
     return lines

@@ -56,8 +56,11 @@ def main() -> None:
                 if answer and len(answer.split()) >= 1.5 * len(row["chosen"].split()):
                     rejected[row["prompt"]] = answer
             print(f"{len(rejected)} of {len(rows)}", flush=True)
-    pairs = [{k: r[k] for k in ("prompt", "chosen")} | {"rejected": rejected[r["prompt"]]}
-             for r in rows if r["prompt"] in rejected]
+    pairs = [
+        {k: r[k] for k in ("prompt", "chosen")} | {"rejected": rejected[r["prompt"]]}
+        for r in rows
+        if r["prompt"] in rejected
+    ]
     write(pairs)
 
 

@@ -1,6 +1,6 @@
 """Write the argument names of the pinned TRL's configs to src/alignctl/recipe/trl_arguments.json.
 
-    python scripts/trl_arguments.py
+python scripts/trl_arguments.py
 """
 
 import dataclasses

@@ -32,7 +32,11 @@ def alignctl(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 def pairs(tmp_path: Path) -> Path:
     """A file of twelve preference pairs over eight prompts."""
     rows = [
-        {"prompt": f"What is {i % 8} plus one?", "chosen": f"It is {i % 8 + 1}.", "rejected": f"Perhaps {i + 3}, or so."}
+        {
+            "prompt": f"What is {i % 8} plus one?",
+            "chosen": f"It is {i % 8 + 1}.",
+            "rejected": f"Perhaps {i + 3}, or so.",
+        }
         for i in range(12)
     ]
     path = tmp_path / "pairs.jsonl"

@@ -50,7 +50,13 @@ def test_every_room_has_a_floor() -> None:
 
 def test_light_rooms_stay_light() -> None:
     light = [f"alignctl.{name}" for name in FLOOR if name not in ("train", "evaluate")]
-    light += ["alignctl.cli.main", "alignctl.cli.app", "alignctl.cli.training", "alignctl.recipe.load", "alignctl.recipe.document"]
+    light += [
+        "alignctl.cli.main",
+        "alignctl.cli.app",
+        "alignctl.cli.training",
+        "alignctl.recipe.load",
+        "alignctl.recipe.document",
+    ]
     code = f"import sys, {', '.join(light)}; print(*sorted({HEAVY!r} & sys.modules.keys()))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == []

@@ -102,6 +102,25 @@ PREFERENCE: dict[str, tuple[dict[str, Any], str, Canonical]] = {
         MESSAGES,
         TEA,
     ),
+    "messages with a system column": (
+        {"system": "Be short.", "chosen": [ask, good], "rejected": [ask, bad]},
+        MESSAGES,
+        TEA_WITH_SYSTEM,
+    ),
+    "messages with a system column and bare answers": (
+        {"system": "Be short.", "prompt": "How long does tea draw?", "chosen": [good], "rejected": [bad]},
+        MESSAGES,
+        TEA_WITH_SYSTEM,
+    ),
+    "messages that begin with a system message, and a system column": (
+        {
+            "system": "Be long.",
+            "chosen": [system("Be short."), ask, good],
+            "rejected": [system("Be short."), ask, bad],
+        },
+        MESSAGES,
+        TEA_WITH_SYSTEM,
+    ),
     "messages that carry further keys": (
         {"chosen": [{**ask, "id": 4}, good], "rejected": [{**ask, "id": 5}, bad]},
         MESSAGES,
@@ -141,6 +160,26 @@ SFT: dict[str, tuple[dict[str, Any], str, Canonical]] = {
         "prompt and completion",
         {"messages": [ask, good, user("And the second cup?"), assistant("Five.")]},
     ),
+    "messages with a system column": (
+        {"system": "Be short.", "messages": [ask, good]},
+        "messages",
+        {"messages": [system("Be short."), ask, good]},
+    ),
+    "messages that begin with a system message, and a system column": (
+        {"system": "Be long.", "messages": [system("Be short."), ask, good]},
+        "messages",
+        {"messages": [system("Be short."), ask, good]},
+    ),
+    "prompt and completion with a system column": (
+        {"system": "Be short.", "prompt": "How long does tea draw?", "completion": "Three minutes."},
+        "prompt and completion",
+        {"messages": [system("Be short."), ask, good]},
+    ),
+    "prompt and completion as messages, with a system column": (
+        {"system": "Be short.", "prompt": [ask], "completion": [good]},
+        "prompt and completion",
+        {"messages": [system("Be short."), ask, good]},
+    ),
 }
 
 
@@ -156,15 +195,6 @@ def test_rows_for_sft(row: dict[str, Any], name: str, expected: Canonical) -> No
     found = formats.detect(row, preference=False)
     assert found.name == name
     assert found.read(row) == expected
-
-
-@pytest.mark.xfail(
-    reason="formats._prompt_completion leaves out a `system` column without a word", raises=AssertionError, strict=True
-)
-def test_prompt_and_completion_keep_the_system_column() -> None:
-    row = {"system": "Be short.", "prompt": "How long does tea draw?", "completion": "Three minutes."}
-    expected = {"messages": [system("Be short."), ask, good]}
-    assert formats.detect(row, preference=False).read(row) == expected
 
 
 def test_reading_leaves_the_row_alone() -> None:
@@ -295,21 +325,29 @@ def test_faults_in_rows_for_sft(row: dict[str, Any], message: str) -> None:
     assert str(error.value) == message
 
 
-PAIR_COLUMNS = "expected `prompt` + `chosen` + `rejected` or `chosen` + `rejected`"
-SFT_COLUMNS = "expected `messages` or `prompt` + `completion`"
+PAIR_FORMATS = f"expected “{STRINGS}” or “{MESSAGES}”"
+SFT_FORMATS = "expected “messages” or “prompt and completion”"
 
 
 @pytest.mark.parametrize(
     ("row", "preference", "message"),
     [
-        ({"question": "a", "answer": "b"}, True, f"columns are `question`, `answer`, {PAIR_COLUMNS}"),
-        ({"prompt": "a", "chosen": "b"}, True, f"columns are `prompt`, `chosen`, {PAIR_COLUMNS}"),
-        ({"chosen": [ask, good]}, True, f"columns are `chosen`, {PAIR_COLUMNS}"),
-        ({"messages": [ask, good]}, True, f"columns are `messages`, {PAIR_COLUMNS}"),
-        ({}, True, f"columns are none, {PAIR_COLUMNS}"),
-        (plain, False, f"columns are `prompt`, `chosen`, `rejected`, {SFT_COLUMNS}"),
-        ({"text": "a"}, False, f"columns are `text`, {SFT_COLUMNS}"),
-        ({}, False, f"columns are none, {SFT_COLUMNS}"),
+        (
+            {"question": "a", "answer": 3},
+            True,
+            f"columns are `question` (a string), `answer` (a number), {PAIR_FORMATS}",
+        ),
+        ({"prompt": "a", "chosen": "b"}, True, f"columns are `prompt` (a string), `chosen` (a string), {PAIR_FORMATS}"),
+        ({"chosen": [ask, good]}, True, f"columns are `chosen` (a list of an object), {PAIR_FORMATS}"),
+        ({"messages": [ask, good]}, True, f"columns are `messages` (a list of an object), {PAIR_FORMATS}"),
+        ({}, True, f"columns are none, {PAIR_FORMATS}"),
+        (
+            plain,
+            False,
+            f"columns are `prompt` (a string), `chosen` (a string), `rejected` (a string), {SFT_FORMATS}",
+        ),
+        ({"text": "a"}, False, f"columns are `text` (a string), {SFT_FORMATS}"),
+        ({}, False, f"columns are none, {SFT_FORMATS}"),
     ],
 )
 def test_columns_that_no_format_has(row: dict[str, Any], preference: bool, message: str) -> None:
@@ -318,9 +356,6 @@ def test_columns_that_no_format_has(row: dict[str, Any], preference: bool, messa
     assert str(error.value) == message
 
 
-@pytest.mark.xfail(
-    reason="formats.detect lists the expected columns as found and as expected", raises=AssertionError, strict=True
-)
 @pytest.mark.parametrize(
     ("row", "kind"),
     [

@@ -168,8 +168,8 @@ def test_wrong_command_for_a_recipe(alignctl: Run) -> None:
         ("missing.jsonl", None, "no such file"),
         ("empty.jsonl", "", "has no rows"),
         ("broken.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": \n', "broken.jsonl:2"),
-        ("columns.jsonl", '{"question": "a", "answer": "b"}\n', "columns are `question`, `answer`"),
-        ("null.jsonl", '{"prompt": "a", "chosen": "b", "rejected": null}\n', "null.jsonl:1: `rejected` is missing"),
+        ("columns.jsonl", '{"question": "a", "answer": "b"}\n', "columns are `question` (a string), `answer` (a string)"),
+        ("null.jsonl", '{"prompt": "a", "chosen": "b", "rejected": null}\n', "null.jsonl:1: `rejected` is missing, expected a string"),
         ("same.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "b"}\n' * 3, "chosen equals rejected"),
     ],
 )

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alignctl.train import standin
 from alignctl.recipe.load import load
+from alignctl.train import standin
 
 RECIPE = """model: {{name_or_path: {model}, dtype: float32}}
 lora: {{r: 4}}
@@ -58,7 +58,9 @@ def record(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(tmp_path: Path, recipe: Path, number: signal.Signals) -> None:
+def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(
+    tmp_path: Path, recipe: Path, number: signal.Signals
+) -> None:
     process = start(tmp_path)
     wait_for(process, tmp_path / "runs/r/metrics.jsonl", 7)
     process.send_signal(number)
@@ -93,7 +95,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, recipe: Path) -> None:
     process.communicate(timeout=60)
     assert process.returncode == 130
     resumed = start(tmp_path, "--resume")
-    out, err = resumed.communicate(timeout=120)
+    _, err = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, err
     assert record(tmp_path)["status"] == "finished"
     whole = start(tmp_path, "--output", "whole")

@@ -15,10 +15,6 @@ from alignctl.recipe.load import load
 NAMES = catalog.names()
 FILES = sorted(catalog.folder().rglob("*.yaml"))
 BASES = [path for path in FILES if path.parent.name == "_base"]
-WRONG_RUN_LINE = {
-    "demo-orpo": "recipes/demo-orpo.yaml: the Run line says `alignctl dpo`",
-    "demo-sft": "recipes/demo-sft.yaml: the Run line says `alignctl dpo`",
-}
 
 
 def problem_of(caught: pytest.ExceptionInfo[RecipeError]) -> str:
@@ -61,15 +57,7 @@ def test_a_header_says_what_the_recipe_is_for_and_what_it_needs(name: str) -> No
     assert [line.partition(":")[0] for line in entry.header[1:3]] == ["Run", "Needs"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(reason=WRONG_RUN_LINE[name], strict=True))
-        if name in WRONG_RUN_LINE
-        else name
-        for name in NAMES
-    ],
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_run_line_is_the_command_for_this_recipe(name: str) -> None:
     entry = catalog.entry(name)
     (line,) = [line for line in entry.header if line.startswith("Run: ")]

@@ -94,7 +94,6 @@ def test_a_section_may_be_missing_only_from_a_file_that_extends(section: str, va
     assert validator.is_valid(raw(**{section: None, "extends": "base.yaml"}))
 
 
-@pytest.mark.xfail(reason="document.json_schema: null, which takes a method away, counts as a method", strict=True)
 def test_a_file_that_extends_may_change_the_method(
     validator: Draft202012Validator, write: Callable[..., Any], minimal: Callable[..., str]
 ) -> None:
@@ -109,10 +108,7 @@ def test_a_file_that_extends_may_change_the_method(
     [
         "model: {dtype: float32}",
         "training: {seed: 1}",
-        pytest.param(
-            "data: {max_length: 512}",
-            marks=pytest.mark.xfail(reason="document.json_schema: data.train stays required", strict=True),
-        ),
+        "data: {max_length: 512}",
     ],
 )
 def test_a_file_that_extends_may_change_one_key(
@@ -122,12 +118,6 @@ def test_a_file_that_extends_may_change_one_key(
     near = write(f"extends: base.yaml\n{text}\n")
     assert load(near).name == "r"
     assert [error.message for error in validator.iter_errors(tree.read(near).values)] == []
-
-
-@pytest.mark.xfail(reason="document.json_schema: numbers and switches refuse a placeholder", strict=True)
-def test_it_accepts_a_number_from_the_environment(validator: Draft202012Validator) -> None:
-    values = raw(training={"learning_rate": "${oc.env:ALIGNCTL_T,1e-5}"})
-    assert [error.message for error in validator.iter_errors(values)] == []
 
 
 # --- the page
@@ -159,9 +149,6 @@ def test_a_row_has_four_cells_with_default_and_meaning(title: str, key: str) -> 
     assert len(meaning) > 5
 
 
-@pytest.mark.xfail(
-    reason="document._row: `str | None` has neither a bracket nor a name, so the cell is empty", strict=True
-)
 def test_every_row_has_a_type() -> None:
     untyped = [line.split("`")[1] for title in TABLES for line in table(title) if not line.split("|")[2].strip()]
     assert untyped == []

@@ -187,20 +187,12 @@ def test_broken_json_is_named(tmp_path: Path, name: str, content: str, message: 
     assert fault(tmp_path / name, content).startswith(message)
 
 
-@pytest.mark.xfail(
-    reason="sources._parse counts the line end as a line: names the line after", raises=AssertionError, strict=True
-)
 @pytest.mark.parametrize("broken", ['{"a": 1', '{"a":', '{"a"', '{"a": [1,'])
 def test_a_line_that_is_cut_off_is_named_itself(tmp_path: Path, broken: str) -> None:
     said = fault(tmp_path / "rows.jsonl", f'{{"a": 1}}\n{broken}\n{{"a": 3}}\n')
     assert said.startswith("rows.jsonl:2: not JSON: ")
 
 
-@pytest.mark.xfail(
-    reason="sources._json: an object a line in a .json gets `mend or remove the row`",
-    raises=AssertionError,
-    strict=True,
-)
 def test_an_object_a_line_in_a_json_file_is_sent_to_jsonl(tmp_path: Path) -> None:
     assert ".jsonl" in fault(tmp_path / "rows.json", '{"a": 1}\n{"a": 2}\n')
 
@@ -222,18 +214,8 @@ def test_csv_rows_of_another_width_are_named(tmp_path: Path, content: str, messa
     [('"x" y,2\n', "not CSV: ',' expected after '\"'"), ('"x,2\n', "not CSV: unexpected end of data")],
     ids=["text after a quote", "open quote"],
 )
-def test_broken_csv_is_called_so(tmp_path: Path, broken: str, message: str) -> None:
-    assert message in fault(tmp_path / "rows.csv", f"a,b\n1,2\n{broken}")
-
-
-@pytest.mark.xfail(
-    reason="sources._csv: DictReader.line_num still counts the row before the broken one",
-    raises=AssertionError,
-    strict=True,
-)
-@pytest.mark.parametrize("broken", ['"x" y,2\n', '"x,2\n'], ids=["text after a quote", "open quote"])
-def test_broken_csv_names_its_line(tmp_path: Path, broken: str) -> None:
-    assert fault(tmp_path / "rows.csv", f"a,b\n1,2\n{broken}").startswith("rows.csv:3: ")
+def test_broken_csv_names_its_line(tmp_path: Path, broken: str, message: str) -> None:
+    assert fault(tmp_path / "rows.csv", f"a,b\n1,2\n{broken}").startswith(f"rows.csv:3: {message}")
 
 
 def test_csv_rows_may_run_over_lines(tmp_path: Path) -> None:
@@ -302,30 +284,19 @@ def test_an_unknown_suffix_lists_the_known_ones(tmp_path: Path, name: str) -> No
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
-def test_broken_utf_8_names_the_byte(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize("good", [1, 4000], ids=["early", "late"])
+def test_broken_utf_8_names_its_line(tmp_path: Path, suffix: str, good: int) -> None:
     path = tmp_path / f"rows{suffix}"
-    WRITERS[suffix](path, [{"a": "one"}, {"a": "two@"}])
+    WRITERS[suffix](path, [{"a": "one"}] * good + [{"a": "two@"}, {"a": "three"}])
     content = path.read_bytes().replace(b"@", b"\xff")
-    said = fault(path, content)
-    assert said == f"rows{suffix}: is not UTF-8 (byte {content.index(0xFF)}) — convert it to UTF-8"
-
-
-@pytest.mark.xfail(
-    reason="sources._file_rows: the byte counts from the last 8 KiB block, not the file",
-    raises=AssertionError,
-    strict=True,
-)
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
-def test_broken_utf_8_late_in_a_file_names_the_byte(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"rows{suffix}"
-    WRITERS[suffix](path, [{"a": "one"}] * 4000 + [{"a": "two@"}])
-    content = path.read_bytes().replace(b"@", b"\xff")
-    assert f"(byte {content.index(0xFF)})" in fault(path, content)
+    line = content[: content.index(0xFF)].count(b"\n") + 1
+    assert line > good
+    assert fault(path, content) == f"rows{suffix}:{line}: is not UTF-8 — convert it to UTF-8"
 
 
 def test_utf_16_is_no_utf_8(tmp_path: Path) -> None:
     content = '{"a": 1}\n'.encode("utf-16")
-    assert fault(tmp_path / "rows.jsonl", content).startswith("rows.jsonl: is not UTF-8 (byte 0)")
+    assert fault(tmp_path / "rows.jsonl", content) == "rows.jsonl:1: is not UTF-8 — convert it to UTF-8"
 
 
 @pytest.mark.parametrize(
@@ -367,6 +338,8 @@ UNREACHABLE: list[Exception] = [
     OfflineModeIsEnabled("Offline mode is enabled."),
     TimeoutError("timed out"),
     FileNotFoundError("Couldn't find any data file"),
+    httpx.ConnectError("refused"),
+    httpx.ReadTimeout("timed out"),
 ]
 
 
@@ -382,32 +355,12 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, error: Ex
     )
 
 
-@pytest.mark.xfail(
-    reason="sources._hub_rows: httpx's errors are no OSError and come up as a traceback",
-    raises=httpx.HTTPError,
-    strict=True,
-)
-@pytest.mark.parametrize("error", [httpx.ConnectError("refused"), httpx.ReadTimeout("timed out")], ids=repr)
-def test_a_download_that_breaks_off(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    raising(monkeypatch, error)
-    with pytest.raises(MachineError, match="someone/some-rows"):
-        sources.read(HUB)
-
-
-@pytest.mark.xfail(
-    reason="sources._hub_rows: every RuntimeError counts as a hub out of reach", raises=AssertionError, strict=True
-)
 def test_a_data_set_that_needs_a_script_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
     raising(monkeypatch, RuntimeError("Dataset scripts are no longer supported, but found some-rows.py"))
     with pytest.raises((DataError, MachineError), match="scripts are no longer supported"):
         sources.read(HUB)
 
 
-@pytest.mark.xfail(
-    reason="sources._hub_rows: the library's summary hides the cause, here a full disk",
-    raises=AssertionError,
-    strict=True,
-)
 def test_a_data_set_that_cannot_be_built_names_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     error = datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset")
     error.__cause__ = OSError(28, "No space left on device")
@@ -429,7 +382,7 @@ def test_a_split_that_the_hub_has_not(monkeypatch: pytest.MonkeyPatch, error: Ex
     with pytest.raises(DataError) as raised:
         sources.read(HUB)
     first = str(error).splitlines()[0]
-    assert str(raised.value) == f"someone/some-rows: {first} — set `split` and `name`"
+    assert str(raised.value) == f"someone/some-rows: {first} — set `split`, `name` and `revision`"
 
 
 def test_hub_rows_come_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:

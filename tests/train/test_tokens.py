@@ -112,9 +112,11 @@ def rendered_to_stop(encoder: Encoder, turns: list[Message], stop: str) -> str:
 
 
 def folded(encoder: Encoder, turns: list[Message]) -> list[Message]:
-    """`turns` with the system message in the first user turn, where the template needs that."""
+    """`turns` with the system message in the first user turn, where the template needs that and it is not empty."""
     if turns[0]["role"] != "system" or encoder.has_system:
         return turns
+    if not turns[0]["content"].strip():
+        return turns[1:]
     return [user(turns[0]["content"] + "\n\n" + turns[1]["content"]), *turns[2:]]
 
 
@@ -374,11 +376,6 @@ def test_a_system_message_stays_where_it_is_known(make_encoder: MakeEncoder, tem
     assert make_encoder("mistral", template).alternating(turns) == turns
 
 
-@pytest.mark.xfail(
-    reason="tokens.Encoder.alternating folds an empty system message into two blank lines",
-    raises=AssertionError,
-    strict=True,
-)
 @pytest.mark.parametrize("template", ["instruct", "mistral-instruct"])
 def test_an_empty_system_message_adds_nothing(make_encoder: MakeEncoder, template: str) -> None:
     assert make_encoder("mistral", template).alternating([system(""), user("Tea?")]) == [user("Tea?")]
@@ -407,11 +404,6 @@ def test_roles_that_do_not_alternate(make_encoder: MakeEncoder, template: str, t
         tokens.dialogue(encoder, {"messages": [*turns, assistant("Leaves.")]}, 1024)
 
 
-@pytest.mark.xfail(
-    reason="tokens.Encoder.answer_ids: a prompt may end with an assistant turn",
-    raises=pytest.fail.Exception,
-    strict=True,
-)
 def test_a_prompt_that_ends_with_an_answer_does_not_alternate(make_encoder: MakeEncoder) -> None:
     prompt = [user("Tea?"), assistant("Leaves.")]
     row = {"prompt": prompt, "chosen": [assistant("Yes.")], "rejected": [assistant("No.")]}
@@ -450,17 +442,8 @@ def test_an_earlier_answer_with_the_stop_token(make_encoder: MakeEncoder) -> Non
         tokens.dialogue(make_encoder("mistral", "zephyr"), {"messages": turns}, 1024)
 
 
-@pytest.mark.parametrize("template", ["instruct", "mistral-instruct"])
+@pytest.mark.parametrize("template", TEMPLATES)
 def test_an_answer_that_starts_with_the_stop_token(make_encoder: MakeEncoder, template: str) -> None:
-    encoder = make_encoder("mistral", template)
-    assert reason(encoder, [user("Tea?")], "</s>Leaves.", "Stones.") == "stop token inside the answer"
-
-
-@pytest.mark.xfail(
-    reason="tokens.Encoder._ended: text after a leading stop token counts as an empty answer", strict=True
-)
-@pytest.mark.parametrize("template", ["alpaca", "zephyr"])
-def test_an_answer_that_starts_with_the_stop_token_is_not_empty(make_encoder: MakeEncoder, template: str) -> None:
     encoder = make_encoder("mistral", template)
     assert reason(encoder, [user("Tea?")], "</s>Leaves.", "Stones.") == "stop token inside the answer"
 
@@ -527,13 +510,15 @@ def test_merged_tokens_in_a_last_turn(merging: Encoder, answer: str) -> None:
     check_dialogue(merging, [user("Tea?"), assistant("Leaves."), user("Coffee?"), assistant(answer)], "</s>")
 
 
-@pytest.mark.xfail(
-    reason="tokens._supervise leaves an earlier turn out where tokens merge over its seam",
-    raises=AssertionError,
-    strict=True,
-)
-def test_merged_tokens_in_an_earlier_turn(merging: Encoder) -> None:
-    check_dialogue(merging, [user("Tea?"), assistant("\n\nLeaves."), user("Coffee?"), assistant("Beans.")], "</s>")
+@pytest.mark.parametrize("answer", ["\n\nLeaves.", "\n\n\nLeaves."])
+def test_merged_tokens_in_an_earlier_turn_drop_the_row(merging: Encoder, answer: str) -> None:
+    turns = [user("Tea?"), assistant(answer), user("Coffee?"), assistant("Beans.")]
+    with pytest.raises(Dropped, match=r"^an earlier answer's tokens merge with its prompt$"):
+        tokens.dialogue(merging, {"messages": turns}, 1024)
+
+
+def test_an_earlier_turn_whose_tokens_do_not_merge_is_supervised(merging: Encoder) -> None:
+    check_dialogue(merging, [user("Tea?"), assistant("\nLeaves."), user("Coffee?"), assistant("Beans.")], "</s>")
 
 
 @pytest.mark.parametrize("template", ["alpaca", "instruct", "mistral-instruct", "zephyr"])

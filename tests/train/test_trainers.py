@@ -188,7 +188,8 @@ def test_recipe_arrives_in_the_trainer(tiny: Path, tmp_path: Path) -> None:
     }
     dpo = {"beta": 0.7, "loss_type": ["hinge", "sft"], "loss_weights": [0.9, 0.1], "ld_alpha": 0.4}
     trainer = build(
-        make_recipe("dpo", tiny, training=training, dpo=dpo, trl={"adam_beta2": 0.97}, data={"max_length": 99}), tmp_path
+        make_recipe("dpo", tiny, training=training, dpo=dpo, trl={"adam_beta2": 0.97}, data={"max_length": 99}),
+        tmp_path,
     )
     args = trainer.args
     assert (trainer.beta, trainer.loss_types, trainer.loss_weights, trainer.ld_alpha) == (
@@ -231,7 +232,7 @@ def test_qlora_adapters_are_float32(tiny: Path, tmp_path: Path, method: str) -> 
 
 
 def test_4_bit_gradients_survive_an_evaluation(tiny: Path, tmp_path: Path) -> None:
-    """bitsandbytes repacks weights for inference on some CPUs, and that layout has no backward pass."""
+    """On some CPUs bitsandbytes repacks weights for inference, and that layout has no backward pass."""
     trainer = build(make_recipe("sft", tiny, model={"dtype": "bfloat16"}, quantization={}), tmp_path)
     batch = trainer.data_collator(SFT_ROWS)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from alignctl.recipe import catalog
-from alignctl.recipe.schema import METHODS, SECTIONS, Recipe, Source
+from alignctl.recipe.schema import METHODS, SECTIONS, Recipe, Section, Source
 
 
 def json_schema() -> dict[str, Any]:
@@ -31,7 +31,8 @@ def json_schema() -> dict[str, Any]:
 def markdown() -> str:
     """docs/recipe.md: every key with its type, default and meaning."""
     parts = [_HEAD]
-    for name, section in {**SECTIONS, "data.train[] and data.eval[]": Source}.items():
+    sections: dict[str, type[Section]] = {**SECTIONS, "data.train[] and data.eval[]": Source}
+    for name, section in sections.items():
         rows = [_row(key, info) for key, info in section.model_fields.items()]
         table = "\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows]) if rows else "No keys."
         parts.append(f"## {name}\n\n{section.__doc__}\n\n{table}\n")

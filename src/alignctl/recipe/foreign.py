@@ -74,4 +74,4 @@ FOREIGN = {
     "template": "model.chat_template",
     "adapter_name_or_path": "model.adapter",
 }
-"""Left: a key as another tool spells it. Right: the key that means it here, or one phrase that says why there is none."""
+"""A key as another tool spells it, and the key that means it here or one phrase that says why there is none."""

@@ -21,7 +21,7 @@ from alignctl.recipe.foreign import FOREIGN
 from alignctl.recipe.schema import METHODS, SECTIONS, Recipe, Source
 from alignctl.recipe.tree import Tree
 
-_ENVIRONMENT = re.compile(r"\$\{oc\.env:(?P<name>\w+)(?:,(?P<default>[^}]*))?\}")
+_ENVIRONMENT = re.compile(r"\$\{oc\.env:(?P<name>\w+)(?:,(?P<default>[^{}]*))?\}")
 _OWNED = {
     "output_dir": "the option --output DIR",
     "bf16": "model.dtype",
@@ -102,7 +102,8 @@ def _validated(found: Tree, environment: _Environment) -> tuple[Recipe | None, l
         location = _location(item)
         if location not in environment.missing:
             wrong.setdefault(location, _explain(found, item, environment.written.get(location)))
-    return None, list(wrong.values())
+    deepest = [at for at in wrong if not any(other[: len(at)] == at and other != at for other in wrong)]
+    return None, [wrong[at] for at in deepest]
 
 
 def _set(values: Any, location: tuple[str, ...], value: Any) -> None:
@@ -171,7 +172,9 @@ class _Environment:
         dotted = ".".join(at)
         self.written[at] = written
         if "${" in _ENVIRONMENT.sub("", written):
-            self._problem(at, f"{dotted}: unknown {written}", "only ${oc.env:NAME} and ${oc.env:NAME,default} are known")
+            self._problem(
+                at, f"{dotted}: unknown {written}", "only ${oc.env:NAME} and ${oc.env:NAME,default} are known"
+            )
         names = [match["name"] for match in _ENVIRONMENT.finditer(written) if match["default"] is None]
         for name in names:
             if name not in os.environ:
@@ -189,7 +192,7 @@ class _Environment:
 
 
 def _find_files(found: Tree, recipe: Path) -> None:
-    """Make the paths of local data files and templates absolute, so that the run folder's recipe means the same anywhere."""
+    """Make the paths of local files absolute, so that the run folder's recipe means the same anywhere."""
     places = (recipe.parent, Path.cwd(), catalog.folder())
 
     def absolute(path: str) -> str:
@@ -225,7 +228,9 @@ def _method_rules(found: Tree, values: dict[str, Any], method: str | None) -> li
         return [Problem(found.place(present[1]), f"{' and '.join(present)}: a recipe has one method", "keep one")]
     empty = [name for name in METHODS if name in found.places and name not in values]
     if not present and empty:
-        return [Problem(found.place(empty[0]), f"{empty[0]}: is empty", f"write `{empty[0]}: {{}}` to keep the defaults")]
+        return [
+            Problem(found.place(empty[0]), f"{empty[0]}: is empty", f"write `{empty[0]}: {{}}` to keep the defaults")
+        ]
     if not present:
         return [Problem(found.place(""), "no method", f"add a section, e.g. `{method or 'dpo'}: {{}}`")]
     if method and present[0] != method:
@@ -242,16 +247,36 @@ def _pair_rules(found: Tree, sections: dict[str, dict[str, Any]]) -> list[Proble
     count = len(losses) if isinstance(losses, list) else 1
     weights = given("dpo.loss_weights")
     checks = [
-        ("quantization", "quantization" in sections and "lora" not in sections and not given("model.adapter"),
-         "4-bit weights cannot be trained", "add a `lora:` section"),
-        ("data.eval_fraction", given("data.eval") is not None and given("data.eval_fraction") is not None,
-         "data.eval is given too", "keep one of the two"),
-        ("training.warmup_steps", given("training.warmup_steps") is not None and
-         given("training.warmup_ratio") is not None, "training.warmup_ratio is given too", "keep one of the two"),
-        ("dpo.loss_weights", isinstance(weights, list) and len(weights) != count,
-         f"must have as many numbers as dpo.loss_type has losses ({count})", "give one weight for each loss"),
-        ("dpo.label_smoothing", "exo_pair" in (losses if isinstance(losses, list) else [losses]) and not given("dpo.label_smoothing"),
-         "must be above 0 for exo_pair", "the paper recommends 1e-3"),
+        (
+            "quantization",
+            "quantization" in sections and "lora" not in sections and not given("model.adapter"),
+            "4-bit weights cannot be trained",
+            "add a `lora:` section",
+        ),
+        (
+            "data.eval_fraction",
+            given("data.eval") is not None and given("data.eval_fraction") is not None,
+            "data.eval is given too",
+            "keep one of the two",
+        ),
+        (
+            "training.warmup_steps",
+            given("training.warmup_steps") is not None and given("training.warmup_ratio") is not None,
+            "training.warmup_ratio is given too",
+            "keep one of the two",
+        ),
+        (
+            "dpo.loss_weights",
+            isinstance(weights, list) and len(weights) != count,
+            f"must have as many numbers as dpo.loss_type has losses ({count})",
+            "give one weight for each loss",
+        ),
+        (
+            "dpo.label_smoothing",
+            "exo_pair" in (losses if isinstance(losses, list) else [losses]) and not given("dpo.label_smoothing"),
+            "must be above 0 for exo_pair",
+            "the paper recommends 1e-3",
+        ),
     ]
     return [Problem(found.place(key), f"{key}: {what}", way_out) for key, wrong, what, way_out in checks if wrong]
 
@@ -267,7 +292,9 @@ def _template_rules(found: Tree, model: dict[str, Any]) -> list[Problem]:
     else:
         near = difflib.get_close_matches(template, catalog.templates(), 1)
         what = f"unknown template {template!r}"
-        way_out = f"did you mean {near[0]}?" if near else f"one of model, {', '.join(catalog.templates())}, or a .jinja file"
+        way_out = (
+            f"did you mean {near[0]}?" if near else f"one of model, {', '.join(catalog.templates())}, or a .jinja file"
+        )
     return [Problem(found.place("model.chat_template"), f"model.chat_template: {what}", way_out)]
 
 
@@ -294,8 +321,11 @@ def _trl_rules(found: Tree, values: dict[str, Any]) -> list[Problem]:
         elif key not in trl_arguments()[method]:
             near = difflib.get_close_matches(key, trl_arguments()[method], 1)
             problems.append(
-                Problem(where, f"{what}TRL's {method} config has no such argument",
-                        f"did you mean trl.{near[0]}?" if near else "see TRL's documentation")
+                Problem(
+                    where,
+                    f"{what}TRL's {method} config has no such argument",
+                    f"did you mean trl.{near[0]}?" if near else "see TRL's documentation",
+                )
             )
     return problems
 
@@ -310,7 +340,11 @@ def _location(item: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-_KEYS = {*Recipe.model_fields, *Source.model_fields, *(key for section in SECTIONS.values() for key in section.model_fields)}
+_KEYS = {
+    *Recipe.model_fields,
+    *Source.model_fields,
+    *(key for section in SECTIONS.values() for key in section.model_fields),
+}
 
 
 def _explain(found: Tree, item: dict[str, Any], written: str | None) -> Problem:

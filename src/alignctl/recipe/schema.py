@@ -71,8 +71,13 @@ class Lora(Section):
 
     r: int = Field(16, gt=0, description="Rank.")
     lora_alpha: int = Field(32, gt=0, description="Scale; the update is multiplied by `lora_alpha / r`.")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input. TRL's DPO and ORPO "
-                                "switch all dropout off unless `trl: {disable_dropout: false}`.")
+    lora_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Dropout on the adapter's input. TRL's DPO and ORPO "
+        "switch all dropout off unless `trl: {disable_dropout: false}`.",
+    )
     target_modules: str | list[str] = Field("all-linear", description="Layers that get an adapter.")
     use_rslora: bool = Field(False, description="Scale by `lora_alpha / sqrt(r)`.")
     use_dora: bool = Field(False, description="Weight-decomposed adapters (DoRA).")
@@ -98,7 +103,9 @@ class Data(Section):
     """Rows to train on and rows held out."""
 
     train: list[Source] = Field(min_length=1, description="Rows to train on.")
-    eval: list[Source] | None = Field(None, description="Held-out rows. Training rows with the same prompt are dropped.")
+    eval: list[Source] | None = Field(
+        None, description="Held-out rows. Training rows with the same prompt are dropped."
+    )
     eval_fraction: float | None = Field(
         None, gt=0, lt=1, description="Hold out this share of the prompts of `train` instead of naming `eval`."
     )
@@ -114,15 +121,20 @@ class Training(Section):
     num_train_epochs: float = Field(1.0, gt=0, description="Passes over the rows.")
     max_steps: int | None = Field(None, gt=0, description="Stop after so many steps; overrides `num_train_epochs`.")
     per_device_train_batch_size: int = Field(4, gt=0, description="Rows (pairs) in one forward pass.")
-    per_device_eval_batch_size: int | None = Field(None, gt=0, description="The same at evaluation; default: as trained.")
+    per_device_eval_batch_size: int | None = Field(
+        None, gt=0, description="The same at evaluation; default: as trained."
+    )
     gradient_accumulation_steps: int = Field(1, gt=0, description="Forward passes to one update.")
     lr_scheduler_type: str = Field("cosine", description="Learning-rate schedule.")
     warmup_ratio: float | None = Field(None, ge=0, lt=1, description="Share of the steps that warm up.")
     warmup_steps: int | None = Field(None, ge=0, description="Warm-up steps, instead of `warmup_ratio`.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
-    optim: str = Field("adamw_torch", description="Optimizer. The 8-bit and paged ones need CUDA; on a CPU "
-                       "`adamw_torch` takes their place and the run says so.")
+    optim: str = Field(
+        "adamw_torch",
+        description="Optimizer. The 8-bit and paged ones need CUDA; on a CPU "
+        "`adamw_torch` takes their place and the run says so.",
+    )
     gradient_checkpointing: bool | Literal["auto"] = Field(
         "auto", description="Recompute activations in the backward pass; `auto` is yes on CUDA, no on a CPU."
     )
@@ -145,7 +157,9 @@ class Dpo(Section):
         "sigmoid", description="One loss, or several that are added."
     )
     loss_weights: list[float] | None = Field(None, description="One weight for each loss of `loss_type`.")
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Share of labels taken as flipped (robust, exo_pair).")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="Share of labels taken as flipped (robust, exo_pair)."
+    )
     ld_alpha: float | None = Field(
         None, ge=0, le=1, description="Weight of the tokens beyond the shorter answer's length (LD-DPO)."
     )

@@ -33,6 +33,10 @@ class Tree:
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads `5e-7` as YAML 1.2 does: a number."""
 
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.around: list[yaml.Node] = []  # the nodes that hold the one being read
+
 
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
@@ -47,7 +51,7 @@ _Loader.add_implicit_resolver(
 
 def scalar(text: str) -> Any:
     """The value of `key=text` on the command line, read as YAML."""
-    return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+    return yaml.load(text, _Loader)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -81,7 +85,7 @@ def read(path: Path) -> Tree:
     except yaml.YAMLError as error:
         return _broken(str(path), f"not YAML: {str(error).splitlines()[0]}", "mend the file")
     except RecursionError:
-        return _broken(str(path), "not a recipe: an alias stands inside itself", "mend the file")
+        return _broken(str(path), "is nested too deeply", "a recipe has sections and keys")
     what = "is empty" if node is None else "is not a mapping of sections"
     return _broken(str(path), what, "start from `alignctl recipes copy NAME`")
 
@@ -91,31 +95,39 @@ def _broken(where: str, what: str, way_out: str) -> Tree:
 
 
 def _values(loader: _Loader, node: yaml.Node, at: Path_, tree: Tree, file: str) -> Any:
+    if node in loader.around:
+        raise yaml.constructor.ConstructorError(None, None, "an alias stands inside itself", node.start_mark)
     tree.places[".".join(at)] = f"{file}:{node.start_mark.line + 1}"
-    if isinstance(node, yaml.SequenceNode):
-        return [_values(loader, child, (*at, str(i)), tree, file) for i, child in enumerate(node.value)]
-    if isinstance(node, yaml.MappingNode):
-        return _mapping(loader, node, at, tree, file)
+    loader.around.append(node)
     try:
+        if isinstance(node, yaml.SequenceNode):
+            return [_values(loader, child, (*at, str(i)), tree, file) for i, child in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode):
+            return _mapping(loader, node, at, tree, file)
         return loader.construct_object(node, deep=True)
     except ValueError as error:
         raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
+    finally:
+        loader.around.pop()
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode, at: Path_, tree: Tree, file: str) -> dict[str, Any]:
     written: dict[str, str] = {}
+    second: list[yaml.Node] = []
     for key_node, _ in node.value:
         key, place = str(key_node.value), f"{file}:{key_node.start_mark.line + 1}"
         if key in written and key_node.tag != "tag:yaml.org,2002:merge":
             dotted = ".".join((*at, key))
             tree.problems.append(Problem(place, f"{dotted}: stands twice, first at {written[key]}", "keep one of them"))
+            second.append(key_node)
         written.setdefault(key, place)
     loader.flatten_mapping(node)  # what `<<` brings comes first, so that the keys written here win
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
-        key = str(key_node.value)
-        values[key] = _values(loader, value_node, (*at, key), tree, file)
-        tree.places[".".join((*at, key))] = f"{file}:{key_node.start_mark.line + 1}"
+        if key_node not in second:
+            key = str(key_node.value)
+            values[key] = _values(loader, value_node, (*at, key), tree, file)
+            tree.places[".".join((*at, key))] = f"{file}:{key_node.start_mark.line + 1}"
     return values
 
 
@@ -173,7 +185,7 @@ def put(tree: Tree, override: str) -> None:
             holder[_index(last)] = value
         else:
             holder[last] = value
-    except (yaml.YAMLError, ValueError, IndexError, TypeError, AttributeError):
+    except (yaml.YAMLError, ValueError, IndexError, TypeError, AttributeError, RecursionError):
         tree.problems.append(Problem(place, "cannot be set", "the key must name a value of the recipe"))
         return
     _forget(tree.places, dotted)

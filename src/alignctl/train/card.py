@@ -46,4 +46,6 @@ def _measured(summary: dict[str, Any]) -> str:
         return "None were held out."
     keys = [key for key, value in summary["after"].items() if isinstance(value, float)]
     rows = "\n".join(f"| {key} | {summary['before'][key]:.4f} | {summary['after'][key]:.4f} |" for key in keys)
-    return f"Verdict: {summary['verdict']} (n = {summary['after']['n']}).\n\n| | before | after |\n|---|---|---|\n{rows}"
+    return (
+        f"Verdict: {summary['verdict']} (n = {summary['after']['n']}).\n\n| | before | after |\n|---|---|---|\n{rows}"
+    )

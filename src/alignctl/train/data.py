@@ -165,8 +165,11 @@ def _check(part: str, ledger: Ledger, data: Data) -> None:
     overlong = ledger.dropped.get("longer than max_length", [])
     if overlong and data.overlong == "error":
         raise DataError(
-            Problem(part, f"rows longer than {data.max_length} tokens: {len(overlong)} (first: {', '.join(overlong[:3])})",
-                    "raise data.max_length, or data.overlong=drop")
+            Problem(
+                part,
+                f"rows longer than {data.max_length} tokens: {len(overlong)} (first: {', '.join(overlong[:3])})",
+                "raise data.max_length, or data.overlong=drop",
+            )
         )
     if ledger.kept and ledger.lost <= data.max_dropped * ledger.rows:
         return
@@ -174,6 +177,9 @@ def _check(part: str, ledger: Ledger, data: Data) -> None:
     reasons = "; ".join(f"{reason}: {len(rows)} (first: {', '.join(rows[:3])})" for reason, rows in worst)
     much = f"more than data.max_dropped ({data.max_dropped:.0%})" if ledger.kept else "so none is left"
     raise DataError(
-        Problem(part, f"{ledger.lost} of {ledger.rows} rows would be dropped, {much}: {reasons}",
-                "mend the rows, or raise data.max_length or data.max_dropped")
+        Problem(
+            part,
+            f"{ledger.lost} of {ledger.rows} rows would be dropped, {much}: {reasons}",
+            "mend the rows, or raise data.max_length or data.max_dropped",
+        )
     )

@@ -60,7 +60,9 @@ def table(recipe: Recipe, parts: Parts, trainer: Trainer, train: Rows, held_out:
         "rows": _rows(train) + (f"; held out: {_rows(held_out)}" if held_out is not None else "; none held out"),
         "tokens": _tokens(train),
         "steps": f"{steps} (batch {training.per_device_train_batch_size} × {training.gradient_accumulation_steps}, "
-        f"{training.num_train_epochs:g} epochs)" if not training.max_steps else f"{steps} (training.max_steps)",
+        f"{training.num_train_epochs:g} epochs)"
+        if not training.max_steps
+        else f"{steps} (training.max_steps)",
         "optimizer": f"{arguments.optimizer(recipe, parts.machine)}, learning rate {training.learning_rate:g}, "
         f"{training.lr_scheduler_type}",
         "device": f"{parts.machine.name}, {_dtype(parts)}"
@@ -106,7 +108,9 @@ def notices(recipe: Recipe, parts: Parts) -> list[str]:
         out.append(f"training.optim {recipe.training.optim} needs CUDA; {optimizer} takes its place")
     dropout_off = recipe.method != "sft" and recipe.trl.get("disable_dropout", True)
     if recipe.lora is not None and recipe.lora.lora_dropout and dropout_off:
-        out.append(f"lora.lora_dropout is switched off by TRL's {recipe.method}; `trl: {{disable_dropout: false}}` keeps it")
+        out.append(
+            f"lora.lora_dropout is switched off by TRL's {recipe.method}; `trl: {{disable_dropout: false}}` keeps it"
+        )
     if recipe.model.trust_remote_code:
         out.append("model.trust_remote_code is on: code from the model's repository runs on this machine")
     return out
@@ -126,7 +130,9 @@ def sample_numbers(samples: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def closing(display: Display, run: RunDir, summary: dict[str, Any], samples: list[dict[str, Any]], seconds: float) -> None:
+def closing(
+    display: Display, run: RunDir, summary: dict[str, Any], samples: list[dict[str, Any]], seconds: float
+) -> None:
     """The verdict, two answers before and after, and the commands to go on with."""
     if "before" in summary:
         display.outcome(summary["verdict"], _reason(summary), _numbers(summary))

@@ -133,8 +133,11 @@ def train(job: Job, signals: Signals, resume: Path | None) -> None:
         last = job.run.checkpoints()[-1].name
         raise Interrupted(
             signals.received,
-            Problem(str(job.run.path), f"stopped by a signal; checkpoint {last} is saved",
-                    f"{job.run.record['command']} --resume"),
+            Problem(
+                str(job.run.path),
+                f"stopped by a signal; checkpoint {last} is saved",
+                f"{job.run.record['command']} --resume",
+            ),
         )
     job.measure("after")
 
@@ -223,10 +226,13 @@ def translated(run: RunDir) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise MachineError(
-            Problem("memory", str(error).splitlines()[0].strip(),
-                    "in order of least harm: training.gradient_checkpointing=true, a smaller "
-                    "training.per_device_train_batch_size with more gradient_accumulation_steps, a `quantization:` "
-                    "section, a smaller data.max_length")
+            Problem(
+                "memory",
+                str(error).splitlines()[0].strip(),
+                "in order of least harm: training.gradient_checkpointing=true, a smaller "
+                "training.per_device_train_batch_size with more gradient_accumulation_steps, a `quantization:` "
+                "section, a smaller data.max_length",
+            )
         ) from error
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError) as error:
         raise _no_model(error) from error
@@ -244,9 +250,12 @@ def translated(run: RunDir) -> Iterator[None]:
 
 def _no_model(error: Exception) -> AlignctlError:
     return MachineError(
-        Problem("model.name_or_path", f"the hub has no such model, or cannot be reached ({type(error).__name__})",
-                "check the name and the network, log in for a gated model, or give a local folder; "
-                "--smoke needs no network")
+        Problem(
+            "model.name_or_path",
+            f"the hub has no such model, or cannot be reached ({type(error).__name__})",
+            "check the name and the network, log in for a gated model, or give a local folder; "
+            "--smoke needs no network",
+        )
     )
 
 

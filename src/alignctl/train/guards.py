@@ -63,9 +63,7 @@ class Signals(TrainerCallback):
     ) -> None:
         self._stepping = True
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.received is not None:
             control.should_save = True
             control.should_training_stop = True

@@ -36,8 +36,11 @@ class Machine:
             return torch.bfloat16 if self.bf16 else torch.float32
         if dtype == "bfloat16" and not self.bf16:
             raise MachineError(
-                Problem("model.dtype", f"{self.name} does not compute in bfloat16",
-                        "model.dtype=float16 on an older GPU, float32 on a CPU, or auto")
+                Problem(
+                    "model.dtype",
+                    f"{self.name} does not compute in bfloat16",
+                    "model.dtype=float16 on an older GPU, float32 on a CPU, or auto",
+                )
             )
         if dtype == "float16" and self.kind == "cpu":
             raise MachineError(Problem("model.dtype", "a CPU does not train in float16", "model.dtype=auto"))

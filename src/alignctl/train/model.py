@@ -15,7 +15,6 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from alignctl.errors import MachineError, Problem, RecipeError
@@ -39,9 +38,7 @@ def model_path(recipe: Recipe) -> tuple[str, str | None]:
 def load_encoder(recipe: Recipe) -> Encoder:
     """The tokenizer with the recipe's template, and a pad token from the ones that it has."""
     path, revision = model_path(recipe)
-    tokenizer = AutoTokenizer.from_pretrained(
-        path, revision=revision, trust_remote_code=recipe.model.trust_remote_code
-    )
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=recipe.model.trust_remote_code)
     name = recipe.model.chat_template
     if name.endswith(".jinja"):
         tokenizer.chat_template = Path(name).read_text(encoding="utf-8")
@@ -64,8 +61,11 @@ def quantization(recipe: Recipe, precision: torch.dtype, machine: Machine) -> Bi
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MachineError(
-            Problem("quantization.load_in_4bit", "bitsandbytes is not installed",
-                    "pip install bitsandbytes, or take the `quantization:` section away")
+            Problem(
+                "quantization.load_in_4bit",
+                "bitsandbytes is not installed",
+                "pip install bitsandbytes, or take the `quantization:` section away",
+            )
         )
     compute = section.bnb_4bit_compute_dtype
     return BitsAndBytesConfig(
@@ -77,7 +77,7 @@ def quantization(recipe: Recipe, precision: torch.dtype, machine: Machine) -> Bi
 
 
 def load_base(recipe: Recipe, precision: torch.dtype, machine: Machine) -> PreTrainedModel:
-    """The base model on its device: frozen weights in `precision` or 4 bits, weights that will be trained in float32."""
+    """The base model on its device: frozen weights in `precision` or 4 bits, weights to be trained in float32."""
     path, revision = model_path(recipe)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         path,
@@ -147,8 +147,11 @@ def _same_shape(recipe: Recipe, config: dict[str, Any], folder: Path) -> None:
         wanted, found = getattr(recipe.lora, key), config.get(key)
         if wanted != found:
             raise RecipeError(
-                Problem(f"lora.{key}", f"is {wanted}, but the adapter in {folder} has {found}",
-                        "an adapter keeps its shape; take the `lora:` section away")
+                Problem(
+                    f"lora.{key}",
+                    f"is {wanted}, but the adapter in {folder} has {found}",
+                    "an adapter keeps its shape; take the `lora:` section away",
+                )
             )
 
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer
 from trl import DPOTrainer
 
 from alignctl.recipe.schema import Recipe
-from alignctl.train import trl_seam
 from alignctl.train import model as models
+from alignctl.train import trl_seam
 from alignctl.train.machine import Machine
 from alignctl.train.tokens import Encoder
 

@@ -16,7 +16,15 @@ from alignctl.train.arguments import WRITING
 from alignctl.train.machine import Machine
 
 _RENAMED = {"learning_rate": "lr"}
-_LEFT_OUT = ("total_flos", "num_input_tokens_seen", "num_tokens", "epoch", "train_", "eval_num_tokens", "eval_model_prep")
+_LEFT_OUT = (
+    "total_flos",
+    "num_input_tokens_seen",
+    "num_tokens",
+    "epoch",
+    "train_",
+    "eval_num_tokens",
+    "eval_model_prep",
+)
 
 
 class Metrics(TrainerCallback):
@@ -33,9 +41,7 @@ class Metrics(TrainerCallback):
         self._last = (time.monotonic(), state.epoch or 0.0, float(state.num_input_tokens_seen))
         self._start = (time.monotonic(), state.global_step)
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]
         if "train_loss" in logs:  # the Trainer's own summary, after the last step
             return
@@ -67,9 +73,7 @@ class Checkpoints(TrainerCallback):
     def __init__(self, run: RunDir, keep: int) -> None:
         self.run, self.keep = run, keep
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         flush(written)
         target = self.run / "checkpoints" / f"step-{state.global_step}"

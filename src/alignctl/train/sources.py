@@ -97,7 +97,9 @@ def _parse(text: str, path: Path, line: int) -> Any:
 
 def _object(row: Any, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise DataError(Problem(where, f"a row must be an object with named columns, found {row!r:.40}", "mend the row"))
+        raise DataError(
+            Problem(where, f"a row must be an object with named columns, found {row!r:.40}", "mend the row")
+        )
     return row
 
 
@@ -152,13 +154,15 @@ def _hub_error(source: Source, error: Exception) -> Exception:
 
     name = type(error).__name__
     absent = isinstance(error, datasets.exceptions.DatasetNotFoundError)
+    cause = error.__cause__
+    if isinstance(error, datasets.exceptions.DatasetGenerationError) and cause is not None:
+        kind = MachineError if isinstance(cause, OSError) else DataError
+        return kind(Problem(source.path, f"cannot be read: {_first_line(cause)}", "see its cause"))
+    if isinstance(error, ValueError | RuntimeError | datasets.exceptions.DatasetsError) and not absent:
+        return DataError(Problem(source.path, _first_line(error), "set `split`, `name` and `revision`"))
     if absent or isinstance(error, OSError) or type(error).__module__.startswith("httpx"):
         what = f"the hub has no such data set, or cannot be reached ({name})"
         return MachineError(Problem(source.path, what, "check the name and the network, or give a local file"))
-    if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
-        return DataError(Problem(source.path, f"cannot be read: {_first_line(error.__cause__)}", "see its cause"))
-    if isinstance(error, ValueError | RuntimeError | datasets.exceptions.DatasetsError):
-        return DataError(Problem(source.path, _first_line(error), "set `split`, `name` and `revision`"))
     return error
 
 

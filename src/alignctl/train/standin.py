@@ -159,5 +159,3 @@ def _adapter(recipe: Recipe, folder: Path, model: Path) -> str | None:
     config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **shape)
     get_peft_model(AutoModelForCausalLM.from_pretrained(model), config).save_pretrained(folder / "adapter")
     return str(folder / "adapter")
-
-

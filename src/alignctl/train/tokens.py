@@ -123,8 +123,11 @@ def encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
     """
     if not tokenizer.chat_template:
         raise RecipeError(
-            Problem("model.chat_template", "the tokenizer has no chat template of its own",
-                    "name one: chatml, zephyr, mistral-instruct, instruct, alpaca, or a .jinja file")
+            Problem(
+                "model.chat_template",
+                "the tokenizer has no chat template of its own",
+                "name one: chatml, zephyr, mistral-instruct, instruct, alpaca, or a .jinja file",
+            )
         )
     adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     return Encoder(tokenizer, _stop_ids(tokenizer), _has_system(tokenizer), adds_bos)
@@ -144,7 +147,9 @@ def _stop_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     try:
         rendered = tokenizer.apply_chat_template(chat, tokenize=False)
     except (TemplateError, TypeError, ValueError) as error:
-        raise RecipeError(Problem("model.chat_template", f"cannot render a conversation: {error}", "mend it")) from error
+        raise RecipeError(
+            Problem("model.chat_template", f"cannot render a conversation: {error}", "mend it")
+        ) from error
     if _PROBE not in rendered:
         raise RecipeError(Problem("model.chat_template", "loses the assistant's text", "mend the template"))
     tail = rendered.rpartition(_PROBE)[2]
@@ -152,8 +157,12 @@ def _stop_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     ends = [i for i in tokenizer(tail, add_special_tokens=False)["input_ids"] if i in special][:1]
     if tail.strip() and not ends:
         raise RecipeError(
-            Problem("model.chat_template", f"ends a turn with {tail.strip()!r}, which is no single token of this "
-                    "tokenizer, so generation could not stop on it", "use a template made of the tokenizer's tokens")
+            Problem(
+                "model.chat_template",
+                f"ends a turn with {tail.strip()!r}, which is no single token of this "
+                "tokenizer, so generation could not stop on it",
+                "use a template made of the tokenizer's tokens",
+            )
         )
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if not ends and not eos:

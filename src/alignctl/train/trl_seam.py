@@ -190,7 +190,10 @@ class IdsORPOTrainer(ORPOTrainer):
         labels = batch["input_ids"].clone()
         labels[:, 1:] = labels[:, 1:].masked_fill(~supervised, -100)
         out = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels, use_cache=False,
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            labels=labels,
+            use_cache=False,
             fused_lm_head=True,
         )
         nll_mask = self._nll_mask(batch)
