@@ -21,7 +21,7 @@ demo: setup
 	$(BIN)/alignctl dpo demo-dpo --overwrite
 
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

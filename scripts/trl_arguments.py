@@ -1,4 +1,4 @@
-"""Write the argument names of the pinned TRL's configs to src/alignctl/recipe/trl_arguments.json.
+"""Write what the pinned TRL and transformers know by name to src/alignctl/recipe/trl_arguments.json.
 
 python scripts/trl_arguments.py
 """
@@ -7,6 +7,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+from transformers import SchedulerType
+from transformers.training_args import OptimizerNames
 from trl import DPOConfig, SFTConfig
 from trl.experimental.orpo import ORPOConfig
 
@@ -14,8 +16,11 @@ TARGET = Path(__file__).parents[1] / "src" / "alignctl" / "recipe" / "trl_argume
 
 
 def names() -> dict[str, list[str]]:
+    """Argument names of each method's config, and the choices of two of them."""
     configs = {"sft": SFTConfig, "dpo": DPOConfig, "orpo": ORPOConfig}
-    return {method: sorted(f.name for f in dataclasses.fields(config)) for method, config in configs.items()}
+    arguments = {method: sorted(f.name for f in dataclasses.fields(config)) for method, config in configs.items()}
+    choices = {"optim": OptimizerNames, "lr_scheduler_type": SchedulerType}
+    return arguments | {name: sorted(choice.value for choice in kind) for name, kind in choices.items()}
 
 
 if __name__ == "__main__":

@@ -162,15 +162,26 @@ def test_wrong_command_for_a_recipe(alignctl: Run) -> None:
     assert done.returncode == 2 and "run `alignctl dpo`" in error(done)
 
 
+SAME = "".join(f'{{"prompt": "{i}", "chosen": "b", "rejected": "b"}}\n' for i in range(4))
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
         ("missing.jsonl", None, "no such file"),
         ("empty.jsonl", "", "has no rows"),
         ("broken.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": \n', "broken.jsonl:2"),
-        ("columns.jsonl", '{"question": "a", "answer": "b"}\n', "columns are `question` (a string), `answer` (a string)"),
-        ("null.jsonl", '{"prompt": "a", "chosen": "b", "rejected": null}\n', "null.jsonl:1: `rejected` is missing, expected a string"),
-        ("same.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "b"}\n' * 3, "chosen equals rejected"),
+        (
+            "columns.jsonl",
+            '{"question": "a", "answer": "b"}\n',
+            "columns are `question` (a string), `answer` (a string)",
+        ),
+        (
+            "null.jsonl",
+            '{"prompt": "a", "chosen": "b", "rejected": null}\n',
+            "null.jsonl:1: `rejected` is missing, expected a string",
+        ),
+        ("same.jsonl", SAME, "chosen equals rejected: "),
     ],
 )
 def test_bad_data(tmp_path: Path, alignctl: Run, name: str, text: str | None, said: str) -> None:
@@ -225,6 +236,14 @@ def test_finished_run_is_never_overwritten(tmp_path: Path, alignctl: Run, pairs:
     assert alignctl(*smoke, "--overwrite").returncode == 0
     done = alignctl(*smoke, "--resume")
     assert done.returncode == 2 and "is finished already" in error(done)
+
+
+def test_training_that_diverges(tmp_path: Path, alignctl: Run, pairs: Path) -> None:
+    write_recipe(tmp_path)
+    done = alignctl("dpo", "r.yaml", "--smoke", "training.learning_rate=1e30")
+    assert done.returncode == 5 and "lower training.learning_rate" in error(done)
+    assert status(tmp_path) == "failed"
+    assert not (tmp_path / "runs/r-smoke/model").exists()
 
 
 def test_secrets_stay_out_of_the_run_folder(tmp_path: Path, alignctl: Run, pairs: Path) -> None:

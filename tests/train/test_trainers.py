@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, Trainer
 from trl import DPOConfig, DPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
+from alignctl.errors import RecipeError
 from alignctl.recipe.schema import Recipe
 from alignctl.train import fit, machine, standin
 from alignctl.train import model as models
@@ -203,6 +204,22 @@ def test_recipe_arrives_in_the_trainer(tiny: Path, tmp_path: Path) -> None:
     assert (args.warmup_steps, args.max_steps, args.adam_beta2, args.max_length) == (0.25, -1, 0.97, 99)
     assert args.gradient_checkpointing and args.gradient_checkpointing_kwargs == {"use_reentrant": False}
     assert trainer.model.peft_config["default"].r == 4
+
+
+def test_trl_values_of_another_type_are_refused(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as error:
+        build(make_recipe("dpo", tiny, trl={"adam_beta1": "wrong", "dataloader_num_workers": 1.5}), tmp_path)
+    assert [problem.where for problem in error.value.problems] == ["trl.adam_beta1", "trl.dataloader_num_workers"]
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"), [({"target_modules": ["nope"]}, "not found"), ({"target_modules": ["lm_head"]}, "`lm_head`")]
+)
+def test_targets_that_cannot_be_trained_are_refused(
+    tiny: Path, tmp_path: Path, lora: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(RecipeError, match=said), fit._refused():
+        build(make_recipe("dpo", tiny, lora=lora), tmp_path)
 
 
 def test_lora_section_arrives(tiny: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -36,6 +37,8 @@ def command(
         run.update(status="running", resumed_from=checkpoint.name)
     else:
         run.create({"command": _command_line()}, overwrite=overwrite or (smoke and output is None))
+    # One process trains on one GPU; with several in sight the Trainer would ask for DataParallel, which TRL refuses.
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     with _recorded(run), quiet.libraries(run / "logs" / "libraries.log") as user:
         from alignctl.train import fit
         from alignctl.train.display import Display

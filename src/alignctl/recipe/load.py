@@ -219,6 +219,7 @@ def _rules(found: Tree, method: str | None) -> list[Problem]:
         *_pair_rules(found, sections),
         *_template_rules(found, sections.get("model", {})),
         *_trl_rules(found, values),
+        *_choice_rules(found, sections.get("training", {})),
     ]
 
 
@@ -300,7 +301,9 @@ def _template_rules(found: Tree, model: dict[str, Any]) -> list[Problem]:
 
 @cache
 def trl_arguments() -> dict[str, list[str]]:
-    """The argument names of each method's TRL config, as of the pinned TRL; made by `scripts/trl_arguments.py`."""
+    """Names in the pinned TRL: the arguments of each method's config, and the choices for `optim` and
+    `lr_scheduler_type`. Made by `scripts/trl_arguments.py`.
+    """
     text = resources.files("alignctl.recipe").joinpath("trl_arguments.json").read_text(encoding="utf-8")
     names: dict[str, list[str]] = json.loads(text)
     return names
@@ -327,6 +330,18 @@ def _trl_rules(found: Tree, values: dict[str, Any]) -> list[Problem]:
                     f"did you mean trl.{near[0]}?" if near else "see TRL's documentation",
                 )
             )
+    return problems
+
+
+def _choice_rules(found: Tree, training: dict[str, Any]) -> list[Problem]:
+    problems = []
+    for key in ("optim", "lr_scheduler_type"):
+        value, known = training.get(key), trl_arguments()[key]
+        if isinstance(value, str) and value not in known:
+            near = difflib.get_close_matches(value, known, 1)
+            way_out = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
+            dotted = f"training.{key}"
+            problems.append(Problem(found.place(dotted), f"{dotted}: unknown {value!r}", way_out))
     return problems
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from alignctl.errors import MachineError, Problem, RecipeError
 from alignctl.recipe.schema import Recipe
@@ -59,12 +60,31 @@ def common(recipe: Recipe, machine: Machine, precision: torch.dtype, run: Path) 
     return arguments | recipe.trl
 
 
-def make(config: type, **arguments: Any) -> Any:
+def make(config: type, recipe: Recipe, **arguments: Any) -> Any:
     """Build a TRL config; what it refuses is a mistake in the recipe."""
+    check_extra(recipe, config)
     try:
         return config(**arguments)
     except (ValueError, TypeError) as error:
         raise RecipeError(Problem("training", str(error).splitlines()[0], "change the recipe's value")) from error
+
+
+def check_extra(recipe: Recipe, config: type) -> None:
+    """Check the values under `trl` against the types of the TRL config, which it does not do itself.
+
+    Raises:
+        RecipeError: with one problem for each value of another type.
+    """
+    hints = get_type_hints(config)
+    problems = []
+    for name, value in recipe.trl.items():
+        try:
+            TypeAdapter(hints[name], config={"arbitrary_types_allowed": True}).validate_python(value)
+        except ValidationError as error:
+            what = f"{error.errors()[0]['msg']}, got {value!r}"
+            problems.append(Problem(f"trl.{name}", what[0].lower() + what[1:], "see TRL's documentation"))
+    if problems:
+        raise RecipeError(*problems)
 
 
 def optimizer(recipe: Recipe, machine: Machine) -> str:

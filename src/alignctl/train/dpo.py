@@ -24,7 +24,7 @@ def build(recipe: Recipe, parts: Parts) -> Trainer:
     trainer = IdsDPOTrainer(
         model=parts.start(recipe),
         ref_model=None if recipe.trains_adapter else parts.base(recipe),
-        args=arguments.make(DPOConfig, **{**method, **common}),
+        args=arguments.make(DPOConfig, recipe, **{**method, **common}),
         data_collator=pair_collator(parts.encoder.tokenizer.pad_token_id),
         train_dataset=parts.train,
         eval_dataset=parts.eval,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib.metadata
+import math
 import platform
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import Trainer
 
 from alignctl import rundir
-from alignctl.errors import AlignctlError, DivergedError, Interrupted, MachineError, Problem
+from alignctl.errors import AlignctlError, DivergedError, Interrupted, MachineError, Problem, RecipeError
 from alignctl.evaluate import scores
 from alignctl.recipe.load import Loaded
 from alignctl.recipe.schema import Recipe
@@ -57,6 +58,10 @@ class Job:
         with self.display.waiting(f"held-out rows {when} training"):
             found = heldout.score(self.trainer, self.recipe, self.eval, reference)
             answers = heldout.answers(self.trainer, self.recipe, self.parts.encoder, self.eval)
+        if not math.isfinite(found.loss):
+            raise DivergedError(
+                Problem(f"held-out rows {when} training", f"the loss is {found.loss}", "lower training.learning_rate")
+            )
         values = {"loss": found.loss, "scores": found.scores.as_lists(), "reference": found.reference}
         values["answers"] = [vars(answer) for answer in answers]
         rundir.write_json(self.run / "logs" / f"{when}.json", values)
@@ -88,20 +93,33 @@ def assemble(loaded: Loaded, run: RunDir, display: Display, *, smoke: bool) -> J
     precision = where.precision(recipe.model.dtype)
     rundir.write_text(run / "recipe.yaml", loaded.text())
     with display.waiting("reading and tokenizing rows"):
-        encoder = models.load_encoder(recipe)
+        with _refused():
+            encoder = models.load_encoder(recipe)
         train_rows, eval_rows = data.prepare(recipe, encoder)
     parts = [("train", train_rows), ("eval", eval_rows)]
     ledger = {name: rows.summary() for name, rows in parts if rows is not None}
     rundir.write_json(run / "ledger.json", ledger)
     held_out = eval_rows.dataset() if eval_rows else None
     built = Parts(where, precision, encoder, train_rows.dataset(), held_out, run.path)
-    with display.waiting(f"loading {recipe.model.name_or_path}"):
+    with display.waiting(f"loading {recipe.model.name_or_path}"), _refused():
         trainer = BUILD[recipe.method](recipe, built)
     run.update(**facts.record(recipe, built, trainer), versions=_versions(), git=_git(), data=_fingerprints(ledger))
     display.facts(facts.table(recipe, built, trainer, train_rows, eval_rows))
     for notice in facts.notices(recipe, built):
         display.say(f"note: {notice}")
     return Job(recipe, built, trainer, train_rows, eval_rows, run, display)
+
+
+@contextlib.contextmanager
+def _refused() -> Iterator[None]:
+    """What transformers, PEFT and TRL refuse to build is a mistake in the recipe, and their words say which."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        what = " ".join(str(error).split())
+        if isinstance(error, OSError) and (error.errno is not None or "huggingface.co" in what):
+            raise
+        raise RecipeError(Problem("model", what, "change the recipe accordingly")) from error
 
 
 def _computable(recipe: Recipe, where: machine.Machine) -> Recipe:
@@ -158,7 +176,14 @@ def finish(job: Job, began: float) -> None:
 def save(job: Job) -> None:
     """Write `model/` whole or not at all: weights or adapter, tokenizer, template, generation config."""
     beside = job.run / "model.writing"
-    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        _write_model(job, beside)
+        beside.rename(job.run / "model")
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _write_model(job: Job, beside: Path) -> None:
     model = job.trainer.accelerator.unwrap_model(job.trainer.model)
     if job.recipe.trains_adapter:
         model.save_pretrained(beside, selected_adapters=["default"])
@@ -168,7 +193,6 @@ def save(job: Job) -> None:
     job.parts.encoder.tokenizer.save_pretrained(beside)
     _check_finite(model)
     flush(beside)
-    beside.rename(job.run / "model")
 
 
 def _check_finite(model: torch.nn.Module) -> None:
@@ -259,9 +283,12 @@ def _no_model(error: Exception) -> AlignctlError:
     )
 
 
+_FULL = ("No space left", "File too large", "Disk quota", "PytorchStreamWriter failed", "inline_container")
+
+
 def _disk_full(error: BaseException) -> bool:
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if isinstance(error, OSError) and error.errno in codes:
         return True
     said = str(error)
-    return any(sign in said for sign in ("No space left", "File too large", "Disk quota", "PytorchStreamWriter failed"))
+    return any(sign in said for sign in _FULL)

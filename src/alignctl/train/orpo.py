@@ -24,7 +24,7 @@ def build(recipe: Recipe, parts: Parts) -> Trainer:
         model = get_peft_model(model, lora)
     trainer = IdsORPOTrainer(
         model=model,
-        args=arguments.make(ORPOConfig, **{"beta": recipe.orpo.beta, **common, "remove_unused_columns": False}),
+        args=arguments.make(ORPOConfig, recipe, **{"beta": recipe.orpo.beta, **common, "remove_unused_columns": False}),
         nll_on_prompt=recipe.orpo.nll_on_prompt,
         data_collator=pair_collator(parts.encoder.tokenizer.pad_token_id),
         train_dataset=parts.train,

@@ -17,7 +17,7 @@ def build(recipe: Recipe, parts: Parts) -> Trainer:
     common = arguments.common(recipe, parts.machine, parts.precision, parts.run)
     trainer = IdsSFTTrainer(
         model=parts.start(recipe),
-        args=arguments.make(SFTConfig, **common, dataset_kwargs={"skip_prepare_dataset": True}),
+        args=arguments.make(SFTConfig, recipe, **common, dataset_kwargs={"skip_prepare_dataset": True}),
         train_dataset=parts.train,
         eval_dataset=parts.eval,
         processing_class=parts.encoder.tokenizer,
