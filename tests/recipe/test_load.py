@@ -30,7 +30,7 @@ def test_a_minimal_recipe(accepted: Accepted) -> None:
         "model": {
             "name_or_path": "org/model",
             "dtype": "auto",
-            "attn_implementation": "sdpa",
+            "attn_implementation": "auto",
             "chat_template": "model",
             "trust_remote_code": False,
         },

@@ -26,12 +26,12 @@ ROW = {
 
 def test_plain_lines_on_a_pipe(shown: tuple[Display, io.StringIO]) -> None:
     display, stream = shown
-    with display.training("step"):
+    with display.training("pairs"):
         for step in range(1, 201):
             display.step({**ROW, "step": step, "eta_seconds": 61.0}, 200)
     lines = stream.getvalue().splitlines()
     assert len(lines) == 21
-    assert lines[0] == "step 1/200  loss 0.5000  margin 1.250  accuracy 0.75  rows/s 2.00  GiB 3.00  eta 0:01:01"
+    assert lines[0] == "step 1/200  loss 0.5000  margin 1.250  accuracy 0.75  pairs/s 2.00  GiB 3.00  eta 0:01:01"
     assert lines[-1].startswith("step 200/200 ")
 
 

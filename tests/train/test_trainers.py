@@ -17,7 +17,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from alignctl.errors import RecipeError
 from alignctl.recipe.schema import Recipe
-from alignctl.train import fit, machine, standin
+from alignctl.train import fit, machine, standin, trl_seam
 from alignctl.train import model as models
 from alignctl.train.parts import Parts
 from alignctl.train.tokens import Encoder
@@ -123,6 +123,24 @@ def test_dpo_equals_trl(tiny: Path, tmp_path: Path, dpo: dict[str, Any]) -> None
     for name, values in theirs._metrics["train"].items():
         assert ours._metrics["train"][name] == pytest.approx(values, abs=1e-4), name
     compare(ours_loss, their_loss, ours.model, theirs.model)
+
+
+@pytest.mark.parametrize(
+    "name", ["google/gemma-2-2b", "ibm-granite/granite-3", "Mixtral-8x7B", "Qwen/Qwen3-4B", "phi-2"]
+)
+@pytest.mark.parametrize("method", ["dpo", "orpo"])
+def test_other_architectures_score_as_their_full_logits_do(tmp_path: Path, name: str, method: str) -> None:
+    """Logits that are capped, scaled or routed, and a head with a bias."""
+    standin.stand_in(make_recipe("dpo", Path(name)), tmp_path / "tiny")
+    trainer = build(make_recipe(method, tmp_path / "tiny" / "model"), tmp_path / "run")
+    batch = trainer.data_collator(ROWS)
+    _, logps = trl_seam.loss_and_logps(trainer, dict(batch))
+    logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    every = logits[:, :-1].log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None]).squeeze(2)
+    answers = batch["completion_mask"][:, 1:].bool()
+    torch.testing.assert_close(logps[answers], every[answers], rtol=1e-4, atol=1e-4)
+    trainer.compute_loss(trainer.model, dict(batch)).backward()
+    assert any(gradient.abs().max() > 0 for gradient in gradients(trainer.model).values())
 
 
 def orpo_batch(batch: dict[str, torch.Tensor]) -> dict[str, Any]:

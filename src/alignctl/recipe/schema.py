@@ -46,7 +46,9 @@ class Model(Section):
         description="Storage of frozen weights and compute of all; `auto` is bfloat16 where the machine computes "
         "in it, else float32. Trainable weights are always kept in float32.",
     )
-    attn_implementation: str = Field("sdpa", description="Attention of the transformers model.")
+    attn_implementation: str = Field(
+        "auto", description="Attention of the transformers model; `auto` is its default, SDPA where the model has it."
+    )
     chat_template: str = Field(
         "model", description="A built-in template's name, a `.jinja` path, or `model` for the tokenizer's own."
     )

@@ -18,7 +18,7 @@ _SHOWN = (
     ("loss", "loss", "{:.4f}"),
     ("rewards/margins", "margin", "{:.3f}"),
     ("rewards/accuracies", "accuracy", "{:.2f}"),
-    ("pairs_per_second", "rows/s", "{:.2f}"),
+    ("pairs_per_second", "{unit}/s", "{:.2f}"),
     ("peak_memory_gib", "GiB", "{:.2f}"),
 )
 _COLOURS = {"better": "green", "no evidence": "yellow", "worse": "red"}
@@ -36,7 +36,7 @@ class Display:
         self.console = Console(file=stream, highlight=False, width=None if stream.isatty() else 120)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
-        self._lines = 0
+        self._lines, self._unit = 0, "rows"
 
     def say(self, line: str) -> None:
         """One line."""
@@ -62,8 +62,8 @@ class Display:
 
     @contextmanager
     def training(self, unit: str) -> Iterator[None]:
-        """The progress of the steps inside the block."""
-        self._lines = 0
+        """The progress of the steps inside the block; `unit` is what a row is called."""
+        self._lines, self._unit = 0, unit
         if not self.console.is_terminal:
             yield
             return
@@ -78,7 +78,8 @@ class Display:
         if "loss" not in row:
             return
         eta = str(timedelta(seconds=round(row["eta_seconds"])))
-        now = "  ".join(f"{name} {form.format(row[key])}" for key, name, form in _SHOWN if key in row) + f"  eta {eta}"
+        parts = [f"{name.format(unit=self._unit)} {form.format(row[key])}" for key, name, form in _SHOWN if key in row]
+        now = "  ".join([*parts, f"eta {eta}"])
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=row["step"], total=steps, now=now)
         elif row["step"] * 20 // steps > self._lines or row["step"] in (1, steps):

@@ -143,7 +143,7 @@ def train(job: Job, signals: Signals, resume: Path | None) -> None:
         job.trainer.add_callback(callback)
     job.measure("before")
     try:
-        with job.display.training("step"):
+        with job.display.training("rows" if job.recipe.method == "sft" else "pairs"):
             job.trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
         checkpoints.tidy()

@@ -79,12 +79,13 @@ def quantization(recipe: Recipe, precision: torch.dtype, machine: Machine) -> Bi
 def load_base(recipe: Recipe, precision: torch.dtype, machine: Machine) -> PreTrainedModel:
     """The base model on its device: frozen weights in `precision` or 4 bits, weights to be trained in float32."""
     path, revision = model_path(recipe)
+    attention = recipe.model.attn_implementation
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         path,
         revision=revision,
         dtype=precision if recipe.trains_adapter else torch.float32,
         quantization_config=quantization(recipe, precision, machine),
-        attn_implementation=recipe.model.attn_implementation,
+        attn_implementation=None if attention == "auto" else attention,
         trust_remote_code=recipe.model.trust_remote_code,
         device_map={"": machine.device},
     )

@@ -41,6 +41,7 @@ _LLAMA = Family("llama", "<s>", "</s>", None, {"num_key_value_heads": 2})
 _FAMILIES: dict[str, Family] = {
     r"phi-?(1|2)": Family("phi", "<|endoftext|>", "<|endoftext|>", None, {}),
     r"phi-?(3|4)": Family("phi3", "<s>", "<|endoftext|>", "<|endoftext|>", {"num_key_value_heads": 2}),
+    r"mixtral": Family("mixtral", "<s>", "</s>", None, {"num_key_value_heads": 2, "num_local_experts": 4}),
     r"mistral|zephyr|danube": Family("mistral", "<s>", "</s>", None, {"num_key_value_heads": 2}),
     r"smollm3": Family("smollm3", None, "<|im_end|>", "<|im_end|>", {"num_key_value_heads": 2}),
     r"smollm": Family("llama", "<|im_start|>", "<|im_end|>", "<|im_end|>", {"num_key_value_heads": 2}),
@@ -61,7 +62,7 @@ def family(name: str) -> tuple[Family, bool]:
     if config.is_file():
         model_type = json.loads(config.read_text(encoding="utf-8"))["model_type"]
         known = next((f for f in _FAMILIES.values() if f.model_type == model_type), None)
-        return known or Family(model_type, "<s>", "</s>", None, {}), True
+        return known or Family(model_type, "<s>", "</s>", None, {"num_key_value_heads": 4}), True
     hit = next((f for pattern, f in _FAMILIES.items() if re.search(pattern, name.lower())), None)
     return hit or _LLAMA, hit is not None
 

@@ -76,7 +76,7 @@ def install_head(model: Any) -> None:
     if "fused_lm_head" not in owner.forward.__code__.co_varnames:
         add_fused_lm_head(owner, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
     config = owner.config.get_text_config().to_dict()
-    if any(config.get(key) for key in _TRL_HEAD_ONLY):
+    if any(config.get(key) for key in _SCALED) or "output_router_logits" in config:
         return
     trl_forward = owner.forward
 
@@ -97,14 +97,7 @@ def install_head(model: Any) -> None:
     owner.forward = types.MethodType(forward, owner)
 
 
-_TRL_HEAD_ONLY = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "output_multiplier",
-    "lm_head_multiplier",
-    "logits_scaling",
-    "output_router_logits",
-)
+_SCALED = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
 class IdsSFTTrainer(SFTTrainer):
