@@ -6,9 +6,11 @@ python scripts/picture.py docs/run.svg alignctl dpo demo-dpo --overwrite
 import fcntl
 import os
 import pty
+import re
 import struct
 import sys
 import termios
+from itertools import groupby
 from pathlib import Path
 
 import pyte
@@ -42,15 +44,20 @@ def screen_of(command: list[str]) -> pyte.Screen:
     return screen
 
 
+def style_of(cell: pyte.screens.Char) -> Style:
+    colour = None if cell.fg == "default" else cell.fg.replace("brown", "yellow")
+    hexadecimal = colour is not None and re.fullmatch("[0-9a-f]{6}", colour)
+    return Style(color=f"#{colour}" if hexadecimal else colour, bold=cell.bold)
+
+
 def text_of(screen: pyte.Screen) -> list[Text]:
+    """The lines of a screen, one piece of text for each run of cells that look alike."""
     lines = []
     for row in range(screen.cursor.y + 1):
+        cells = [screen.buffer[row][column] for column in range(COLUMNS)]
         text = Text()
-        for column in range(COLUMNS):
-            cell = screen.buffer[row][column]
-            colour = None if cell.fg == "default" else cell.fg.replace("brown", "yellow")
-            hexadecimal = colour and len(colour) == 6 and colour.isalnum() and not colour.isalpha()
-            text.append(cell.data, Style(color=f"#{colour}" if hexadecimal else colour, bold=cell.bold))
+        for style, run in groupby(cells, style_of):
+            text.append("".join(cell.data for cell in run), style)
         text.rstrip()
         lines.append(text)
     return lines

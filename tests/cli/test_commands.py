@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import resource
 import subprocess
 import sys
@@ -125,6 +127,28 @@ def test_every_recipe_smokes(tmp_path: Path, alignctl: Run, name: str) -> None:
     assert steps[0].keys() >= {"epoch", "loss", "lr", "grad_norm", "tokens_per_second", "pairs_per_second"}
     assert steps[0].keys() >= {"peak_memory_gib", "eta_seconds"}
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-1", "step-2"]
+
+
+def in_a_terminal(*arguments: str, cwd: Path) -> str:
+    """What a command writes to a terminal of its own."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(cwd)
+        os.environ.update(TERM="xterm", COLUMNS="120", OMP_NUM_THREADS="1")
+        os.execv(sys.executable, [sys.executable, "-m", "alignctl", *arguments])
+    out = b""
+    with contextlib.suppress(OSError):  # the end of a terminal is an error on Linux
+        while data := os.read(terminal, 65536):
+            out += data
+    assert os.waitpid(pid, 0)[1] == 0
+    return out.decode()
+
+
+def test_a_terminal_shows_nothing_of_the_libraries(tmp_path: Path) -> None:
+    out = in_a_terminal("dpo", "phi2-ultrafeedback", "--smoke", cwd=tmp_path)
+    log = (tmp_path / "runs/phi2-ultrafeedback-smoke/logs/libraries.log").read_text()
+    assert "Warning" in log and "Warning" not in out
+    assert "2/2" in out and "finished in" in out
 
 
 RECIPE = """model: {{name_or_path: HuggingFaceTB/SmolLM2-135M-Instruct}}

@@ -9,7 +9,9 @@ from datetime import timedelta
 from typing import Any, TextIO
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
@@ -21,6 +23,8 @@ _SHOWN = (
     ("pairs_per_second", "{unit}/s", "{:.2f}"),
     ("peak_memory_gib", "GiB", "{:.2f}"),
 )
+# Rich would send what the libraries print through its live display, past the log that it belongs in.
+_OWN_STREAM: dict[str, Any] = {"redirect_stdout": False, "redirect_stderr": False}
 _COLOURS = {"better": "green", "no evidence": "yellow", "worse": "red"}
 
 
@@ -54,7 +58,8 @@ class Display:
     def waiting(self, what: str) -> Iterator[None]:
         """A spinner, or one plain line, while something takes its time."""
         if self.console.is_terminal:
-            with self.console.status(what):
+            spinner = Spinner("dots", Text(what))
+            with Live(spinner, console=self.console, transient=True, **_OWN_STREAM):
                 yield
         else:
             self.say(f"{what} …")
@@ -68,7 +73,7 @@ class Display:
             yield
             return
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.fields[now]}"))
-        with Progress(*columns, console=self.console) as self._progress:
+        with Progress(*columns, console=self.console, **_OWN_STREAM) as self._progress:
             self._task = self._progress.add_task("step", total=None, now="")
             yield
         self._progress = None
@@ -100,10 +105,12 @@ class Display:
         for sample in samples:
             self.console.print()
             self.console.print(Text(harmless(sample["prompt"]), style="bold"))
+            table = Table.grid(padding=(0, 2))
             for when, style in (("before", "dim"), ("after", "")):
                 text = " ".join(harmless(sample[when]).split())
                 shown = text if len(text) <= 300 else text[:300] + "…"
-                self.console.print(Text.assemble((f"  {when:<7}", "bold"), (shown, style)))
+                table.add_row("", Text(when, style="bold"), Text(shown, style))
+            self.console.print(table)
 
     def next(self, commands: list[tuple[str, str]]) -> None:
         """Commands to go on with."""

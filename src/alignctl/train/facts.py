@@ -60,7 +60,7 @@ def table(recipe: Recipe, parts: Parts, trainer: Trainer, train: Rows, held_out:
         "rows": _rows(train) + (f"; held out: {_rows(held_out)}" if held_out is not None else "; none held out"),
         "tokens": _tokens(train),
         "steps": f"{steps} (batch {training.per_device_train_batch_size} × {training.gradient_accumulation_steps}, "
-        f"{training.num_train_epochs:g} epochs)"
+        f"{training.num_train_epochs:g} epoch{'' if training.num_train_epochs == 1 else 's'})"
         if not training.max_steps
         else f"{steps} (training.max_steps)",
         "optimizer": f"{arguments.optimizer(recipe, parts.machine)}, learning rate {training.learning_rate:g}, "
