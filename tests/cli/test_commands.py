@@ -302,3 +302,9 @@ def test_full_disk_while_a_checkpoint_is_written(tmp_path: Path, pairs: Path) ->
     assert status(tmp_path) == "failed"
     assert list((tmp_path / "runs/r-smoke/checkpoints").iterdir()) == []
     assert not (tmp_path / "runs/r-smoke/model").exists()
+
+
+def test_help_says_what_the_defaults_are(alignctl: Run) -> None:
+    words = " ".join(alignctl("dpo", "--help", COLUMNS="200").stdout.split())
+    assert "runs/NAME when not given" in words
+    assert "RECIPE" in words and "KEY=VALUE" in words

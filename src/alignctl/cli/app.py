@@ -22,9 +22,9 @@ app.add_typer(recipes, name="recipes")
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a built-in one.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. training.learning_rate=1e-5 dpo.beta=0.05")
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="e.g. training.learning_rate=1e-5 dpo.beta=0.05")
 ]
-Output = Annotated[Path | None, typer.Option("--output", help="The run's folder.  [default: runs/NAME]")]
+Output = Annotated[Path | None, typer.Option("--output", help="The run's folder; runs/NAME when not given.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run's folder.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that the folder holds.")]
 Smoke = Annotated[bool, typer.Option("--smoke", help="The same code on a tiny stand-in and a few rows; no network.")]
@@ -44,52 +44,25 @@ def _root(
     """Align language models on one GPU, from one recipe."""
 
 
-@app.command()
-def sft(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    output: Output = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    smoke: Smoke = False,
-    debug: Debug = False,
-) -> None:
-    """Supervised fine-tuning."""
-    from alignctl.cli import training
+def _add_training_command(method: str, what: str) -> None:
+    @app.command(method, help=what)
+    def command(
+        recipe: Recipe,
+        overrides: Overrides = None,
+        output: Output = None,
+        resume: Resume = False,
+        overwrite: Overwrite = False,
+        smoke: Smoke = False,
+        debug: Debug = False,  # read by `main`, which must know of it before the commands are parsed
+    ) -> None:
+        from alignctl.cli import training
 
-    training.command("sft", recipe, overrides, output, resume=resume, overwrite=overwrite, smoke=smoke)
-
-
-@app.command()
-def dpo(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    output: Output = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    smoke: Smoke = False,
-    debug: Debug = False,
-) -> None:
-    """Direct Preference Optimization."""
-    from alignctl.cli import training
-
-    training.command("dpo", recipe, overrides, output, resume=resume, overwrite=overwrite, smoke=smoke)
+        training.command(method, recipe, overrides, output, resume=resume, overwrite=overwrite, smoke=smoke)
 
 
-@app.command()
-def orpo(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    output: Output = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    smoke: Smoke = False,
-    debug: Debug = False,
-) -> None:
-    """Odds Ratio Preference Optimization."""
-    from alignctl.cli import training
-
-    training.command("orpo", recipe, overrides, output, resume=resume, overwrite=overwrite, smoke=smoke)
+_add_training_command("sft", "Supervised fine-tuning.")
+_add_training_command("dpo", "Direct Preference Optimization.")
+_add_training_command("orpo", "Odds Ratio Preference Optimization.")
 
 
 @recipes.callback()
