@@ -308,3 +308,13 @@ def test_help_says_what_the_defaults_are(alignctl: Run) -> None:
     words = " ".join(alignctl("dpo", "--help", COLUMNS="200").stdout.split())
     assert "runs/NAME when not given" in words
     assert "RECIPE" in words and "KEY=VALUE" in words
+
+
+def test_a_recipe_that_holds_nothing_out(tmp_path: Path, alignctl: Run, pairs: Path) -> None:
+    write_recipe(tmp_path)
+    done = alignctl("dpo", "r.yaml", "--smoke", "data.eval_fraction=null")
+    assert done.returncode == 0, done.stderr
+    assert "not measured: the recipe holds no rows out" in done.stdout
+    assert "samples.jsonl" not in done.stdout
+    summary = json.loads((tmp_path / "runs/r-smoke/summary.json").read_text())
+    assert summary == {"method": "dpo", "verdict": "not measured: the recipe holds no rows out"}

@@ -60,3 +60,10 @@ def test_long_answers_are_cut(shown: tuple[Display, io.StringIO]) -> None:
     display, stream = shown
     display.answers([{"prompt": "p", "before": "x" * 1000, "after": "y"}])
     assert stream.getvalue().count("x") == 300 and "…" in stream.getvalue()
+
+
+def test_long_words_are_broken_not_cut(shown: tuple[Display, io.StringIO]) -> None:
+    display, stream = shown
+    display.facts({"folder": "y" * 500})
+    display.next([("z" * 500, "what")])
+    assert stream.getvalue().count("y") == 500 and stream.getvalue().count("z") == 500

@@ -33,6 +33,14 @@ def harmless(text: str) -> str:
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
+def _grid(columns: int) -> Table:
+    """A table without lines in which long words are broken, never cut."""
+    table = Table.grid(padding=(0, 2))
+    for _ in range(columns):
+        table.add_column(overflow="fold")
+    return table
+
+
 class Display:
     """Prints one run to one stream."""
 
@@ -48,7 +56,7 @@ class Display:
 
     def facts(self, rows: dict[str, str]) -> None:
         """The table of what will run."""
-        table = Table.grid(padding=(0, 2))
+        table = _grid(2)
         for name, value in rows.items():
             table.add_row(Text(name, style="bold"), Text(harmless(value)))
         self.console.print(table)
@@ -105,7 +113,7 @@ class Display:
         for sample in samples:
             self.console.print()
             self.console.print(Text(harmless(sample["prompt"]), style="bold"))
-            table = Table.grid(padding=(0, 2))
+            table = _grid(3)
             for when, style in (("before", "dim"), ("after", "")):
                 text = " ".join(harmless(sample[when]).split())
                 shown = text if len(text) <= 300 else text[:300] + "…"
@@ -115,7 +123,7 @@ class Display:
     def next(self, commands: list[tuple[str, str]]) -> None:
         """Commands to go on with."""
         self.console.print()
-        table = Table.grid(padding=(0, 2))
+        table = _grid(2)
         for command, what in commands:
             table.add_row(Text(command, style="cyan"), Text(what))
         self.console.print(table)

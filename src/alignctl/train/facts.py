@@ -144,7 +144,8 @@ def closing(
     method = str(summary["method"])
     more = {"sft": ("dpo", f"model.adapter={run.path}", "go on with preferences from this adapter")}.get(method)
     commands = [(f"cat {run / 'summary.json'}", "every number, with intervals")]
-    commands += [(f"cat {run / 'samples.jsonl'}", "all answers before and after")]
+    if samples:
+        commands += [(f"cat {run / 'samples.jsonl'}", "all answers before and after")]
     if more and run.record["model"]["trainable"] < run.record["model"]["parameters"]:
         commands += [(f"alignctl {more[0]} RECIPE {more[1]}", more[2])]
     display.next(commands)
