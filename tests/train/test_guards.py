@@ -32,6 +32,16 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(args: TrainingArg
     assert error.value.exit_code == 5
 
 
+def test_float16_may_search_for_its_loss_scale(args: TrainingArguments) -> None:
+    args.fp16 = True
+    guard, model = Finite(), torch.nn.Linear(2, 1)
+    for value in [float("inf")] * 15 + [1.0] + [float("inf")] * 20:
+        model.weight.grad = torch.tensor([[1.0, value]])
+        guard.on_pre_optimizer_step(args, STATE, CONTROL, model=model)
+    with pytest.raises(DivergedError):
+        guard.on_pre_optimizer_step(args, STATE, CONTROL, model=model)
+
+
 def test_finite_gradients_pass(args: TrainingArguments) -> None:
     model = torch.nn.Linear(2, 1)
     model.weight.grad = torch.ones(1, 2)

@@ -13,16 +13,26 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from alignctl.errors import DivergedError, Interrupted, Problem
 
+LOSS_SCALE_SEARCH = 20
+
 
 class Finite(TrainerCallback):
-    """Stops before an update whose gradient is not finite, so that the weights stay those of the last good step."""
+    """Stops before an update whose gradient is not finite, so that the weights stay those of the last good step.
+
+    In float16 the loss scaler finds its scale by trying: it leaves such updates out by itself, and only a run of
+    `LOSS_SCALE_SEARCH` of them is a fault.
+    """
+
+    def __init__(self) -> None:
+        self._in_a_row = 0
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        if not torch.isfinite(norm):
+        self._in_a_row = 0 if torch.isfinite(norm) else self._in_a_row + 1
+        if self._in_a_row > (LOSS_SCALE_SEARCH if args.fp16 else 0):
             raise DivergedError(
                 Problem(
                     f"step {state.global_step + 1}",
