@@ -30,7 +30,7 @@ def json_schema() -> dict[str, Any]:
 
 def markdown() -> str:
     """docs/recipe.md: every key with its type, default and meaning."""
-    parts = [_HEAD]
+    parts = [_HEAD.replace("TEMPLATES", ", ".join(f"`{name}`" for name in catalog.templates()))]
     sections: dict[str, type[Section]] = {**SECTIONS, "data.train[] and data.eval[]": Source}
     for name, section in sections.items():
         rows = [_row(key, info) for key, info in section.model_fields.items()]
@@ -59,6 +59,13 @@ Unknown keys, duplicate keys and impossible pairs are refused before anything is
 - `extends: other.yaml` starts from another recipe; the nearer file wins key by key, and `key: null` takes a key away.
 - `${oc.env:NAME}` and `${oc.env:NAME,default}` read the environment; such a value is never written to the run folder.
 - `alignctl dpo recipe.yaml training.learning_rate=1e-5` changes one key for one run.
+
+**Rows** for `dpo` and `orpo` have `prompt`, `chosen` and `rejected` as strings, or `chosen` and `rejected` as lists of
+`{role, content}`: the answers alone after a `prompt` list, or whole conversations that differ in the last message. Rows
+for `sft` have `messages`, or `prompt` and `completion`. A `system` column is kept in every shape.
+
+**Chat templates** by name: TEMPLATES. A prompt ends with the user's turn; a system message goes into the first user
+turn where the template has no system role.
 
 This page is made by `make docs` from the code that checks recipes.
 """
