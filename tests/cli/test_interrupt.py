@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,6 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from alignctl.cli import signals
+from alignctl.cli.main import main
+from alignctl.errors import Interrupted
 from alignctl.recipe.load import load
 from alignctl.train import standin
 
@@ -75,7 +79,7 @@ def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(
     assert not (tmp_path / "runs/r/model").exists()
 
 
-@pytest.mark.parametrize("seconds", [0.3, 1.5, 3.0, 4.5])
+@pytest.mark.parametrize("seconds", [0.6, 1.5, 3.0, 4.5])
 def test_ctrl_c_before_the_first_step(tmp_path: Path, recipe: Path, seconds: float) -> None:
     process = start(tmp_path)
     time.sleep(seconds)
@@ -120,3 +124,38 @@ def test_resume_refuses_another_recipe(tmp_path: Path, recipe: Path) -> None:
     _, said = changed.communicate(timeout=60)
     assert changed.returncode == 2 and "was made by another recipe" in said
     assert record(tmp_path)["status"] == "interrupted"
+
+
+def test_a_signal_that_a_library_made_an_error_of_is_still_a_signal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lazy imports turn whatever stops them into an ImportError."""
+
+    def app() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Interrupted:
+            raise ModuleNotFoundError("Could not import module 'Trainer'") from None
+
+    monkeypatch.setattr(signals, "_received", [])
+    monkeypatch.setattr("alignctl.cli.app.app", app)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "alignctl: run: stopped by SIGTERM\n"
+
+
+def test_a_signal_that_a_library_swallowed_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "_received", [])
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signals.catch()
+    signals.check()
+    with contextlib.suppress(Interrupted):
+        signal.raise_signal(signal.SIGINT)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    with pytest.raises(Interrupted, match="SIGINT"):
+        signals.check()

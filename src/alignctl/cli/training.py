@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from alignctl import quiet
+from alignctl.cli import signals
 from alignctl.errors import Interrupted, Problem, RecipeError
 from alignctl.recipe import catalog
 from alignctl.recipe.load import Loaded, load
@@ -43,6 +44,7 @@ def command(
         from alignctl.train import fit
         from alignctl.train.display import Display
 
+        signals.check()
         fit.fit(loaded, run, Display(user), smoke=smoke, resume=checkpoint)
 
 
@@ -70,9 +72,10 @@ def _recorded(run: RunDir) -> Iterator[None]:
     try:
         yield
     except (Exception, Interrupted) as error:
-        status = "interrupted" if isinstance(error, Interrupted) else "failed"
+        cause = signals.behind(error)
+        status = "interrupted" if isinstance(cause, Interrupted) else "failed"
         with contextlib.suppress(OSError):  # on a full disk the first error is the one to tell
-            run.update(status=status, why=str(error), ended=now())
+            run.update(status=status, why=str(cause), ended=now())
         raise
 
 

@@ -45,6 +45,8 @@ class Finite(TrainerCallback):
 class Signals(TrainerCallback):
     """SIGINT and SIGTERM: between steps the run stops with a checkpoint, elsewhere it stops at once.
 
+    A signal that a library swallowed before the first step stops the run after that step.
+
     A second signal always stops at once.
     """
 
@@ -63,8 +65,8 @@ class Signals(TrainerCallback):
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._stepping and self.received is None:
-            self.received = number
+        first, self.received = self.received is None, number
+        if self._stepping and first:
             return
         raise Interrupted(number, Problem("run", f"stopped by {signal.Signals(number).name}"))
 
