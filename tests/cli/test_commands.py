@@ -203,7 +203,7 @@ SAME = "".join(f'{{"prompt": "{i}", "chosen": "b", "rejected": "b"}}\n' for i in
         (
             "null.jsonl",
             '{"prompt": "a", "chosen": "b", "rejected": null}\n',
-            "null.jsonl:1: `rejected` is missing, expected a string",
+            "null.jsonl:1: `rejected` is null, expected a value",
         ),
         ("same.jsonl", SAME, "chosen equals rejected: "),
     ],

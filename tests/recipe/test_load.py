@@ -33,7 +33,7 @@ def test_a_minimal_recipe(accepted: Accepted) -> None:
             "trust_remote_code": False,
         },
         "data": {
-            "train": [{"path": "org/rows", "split": "train"}],
+            "train": [{"path": "org/rows", "split": "train", "rejected": "worst"}],
             "max_length": 1024,
             "overlong": "drop",
             "max_dropped": 0.05,

@@ -20,6 +20,12 @@ from alignctl.train.tokens import Encoder
 CORPUS = "The user asks a question about tea, and the assistant gives an answer in one short sentence.\n" * 3
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test has an empty cache of its own: the user's is neither read nor written."""
+    monkeypatch.setenv("ALIGNCTL_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture(scope="session")
 def make_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], PreTrainedTokenizerBase]:
     """A new byte-level tokenizer with the special tokens of the family that a model's name belongs to."""
@@ -46,6 +52,12 @@ def make_encoder(make_tokenizer: Callable[[str], PreTrainedTokenizerBase]) -> Ca
         return tokens.encoder(tokenizer)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def encoder(make_encoder: Callable[[str, str], Encoder]) -> Encoder:
+    """The one that tests of rows use, where which one it is does not matter."""
+    return make_encoder("mistral", "chatml")
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import groupby
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,13 +11,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from alignctl.errors import RecipeError
-from alignctl.formats import Message
+from alignctl.formats import Canonical, Dropped, Message
+from alignctl.formats.rows import assistant, user
 from alignctl.recipe import catalog
 from alignctl.train import tokens
-from alignctl.train.tokens import Dropped, Encoder
+from alignctl.train.tokens import Encoded, Encoder, Ids, Limit
 
-MakeTokenizer = Callable[[str], PreTrainedTokenizerBase]
 MakeEncoder = Callable[[str, str], Encoder]
 
 FAMILIES = ("phi-2", "mistral", "smollm", "qwen2")
@@ -29,14 +27,6 @@ SPECIAL = ("<|", "<s>", "</s>")
 
 def system(content: str) -> Message:
     return {"role": "system", "content": content}
-
-
-def user(content: str) -> Message:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str) -> Message:
-    return {"role": "assistant", "content": content}
 
 
 PROMPTS: dict[str, list[Message]] = {
@@ -59,36 +49,6 @@ ANSWERS = (
     "ends with a line\n",
     "🌿 é ß",
 )
-
-TURNS = [user("Tea?"), assistant("Leaves."), user("Coffee?"), assistant("Beans.")]
-PREAMBLE = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-)
-RENDERED = {
-    "alpaca": PREAMBLE + "### Instruction:\nTea?\n\n### Response:\nLeaves.</s>\n\n"
-    "### Instruction:\nCoffee?\n\n### Response:\nBeans.</s>\n\n",
-    "chatml": "<|im_start|>user\nTea?<|im_end|>\n<|im_start|>assistant\nLeaves.<|im_end|>\n"
-    "<|im_start|>user\nCoffee?<|im_end|>\n<|im_start|>assistant\nBeans.<|im_end|>\n",
-    "instruct": "Instruct: Tea?\nOutput: Leaves.</s>\nInstruct: Coffee?\nOutput: Beans.</s>\n",
-    "mistral-instruct": "<s>[INST] Tea? [/INST] Leaves.</s>[INST] Coffee? [/INST] Beans.</s>",
-    "zephyr": "<|user|>\nTea?</s>\n<|assistant|>\nLeaves.</s>\n<|user|>\nCoffee?</s>\n<|assistant|>\nBeans.</s>\n",
-}
-ASKED = {
-    "alpaca": PREAMBLE + "### Instruction:\nTea?\n\n### Response:\nLeaves.</s>\n\n"
-    "### Instruction:\nCoffee?\n\n### Response:\n",
-    "chatml": "<|im_start|>user\nTea?<|im_end|>\n<|im_start|>assistant\nLeaves.<|im_end|>\n"
-    "<|im_start|>user\nCoffee?<|im_end|>\n<|im_start|>assistant\n",
-    "instruct": "Instruct: Tea?\nOutput: Leaves.</s>\nInstruct: Coffee?\nOutput:",
-    "mistral-instruct": "<s>[INST] Tea? [/INST] Leaves.</s>[INST] Coffee? [/INST]",
-    "zephyr": "<|user|>\nTea?</s>\n<|assistant|>\nLeaves.</s>\n<|user|>\nCoffee?</s>\n<|assistant|>\n",
-}
-ASKED_WITH_SYSTEM = {
-    "alpaca": "Be short.\n\n### Instruction:\nTea?\n\n### Response:\n",
-    "chatml": "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nTea?<|im_end|>\n<|im_start|>assistant\n",
-    "instruct": "Instruct: Be short.\n\nTea?\nOutput:",
-    "mistral-instruct": "<s>[INST] Be short.\n\nTea? [/INST]",
-    "zephyr": "<|system|>\nBe short.</s>\n<|user|>\nTea?</s>\n<|assistant|>\n",
-}
 
 
 def decode(encoder: Encoder, ids: list[int]) -> str:
@@ -120,20 +80,37 @@ def folded(encoder: Encoder, turns: list[Message]) -> list[Message]:
     return [user(turns[0]["content"] + "\n\n" + turns[1]["content"]), *turns[2:]]
 
 
+def pair(encoder: Encoder, prompt: list[Message], chosen: str, rejected: str) -> dict[str, Ids]:
+    """The ids of a preference row of any length."""
+    row = {"prompt": prompt, "chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}
+    return tokens.encode_one(encoder, tokens.pair(encoder, row, Limit(10**6)))
+
+
+def dialogue(encoder: Encoder, turns: list[Message]) -> dict[str, Ids]:
+    """The ids and labels of a row for SFT of any length."""
+    return tokens.encode_one(encoder, tokens.dialogue(encoder, {"messages": turns}, Limit(10**6)))
+
+
+def check_text(encoder: Encoder, prompt: list[Message], answer: str) -> Ids:
+    """Prompt and answer are the rendered conversation but for blanks behind it; the answer's ids."""
+    encoded = pair(encoder, prompt, answer, f"{answer.strip()} or not")
+    turns = folded(encoder, prompt)
+    asked = encoder.tokenizer.apply_chat_template(turns, tokenize=True, add_generation_prompt=True, return_dict=False)
+    whole = encoder.tokenizer.apply_chat_template([*turns, assistant(answer)], tokenize=False)
+    text = decode(encoder, encoded["prompt_ids"] + encoded["chosen_ids"])
+    assert encoded["prompt_ids"] == encoder.prompt_ids(prompt) == asked
+    assert whole.startswith(text)
+    assert not whole[len(text) :].strip()
+    return encoded["chosen_ids"]
+
+
 def check_answer(encoder: Encoder, prompt: list[Message], answer: str, stop: str) -> None:
     """Prompt and answer are the rendered conversation, with one stop token, at the end, and one BOS at most."""
-    prompt_ids = encoder.prompt_ids(prompt)
-    answer_ids = encoder.answer_ids(prompt, prompt_ids, assistant(answer))
-    whole = rendered_to_stop(encoder, [*folded(encoder, prompt), assistant(answer)], stop)
-    asked = encoder.tokenizer.apply_chat_template(
-        folded(encoder, prompt), tokenize=True, add_generation_prompt=True, return_dict=False
-    )
-    assert prompt_ids == asked
-    assert decode(encoder, prompt_ids + answer_ids) == whole
+    answer_ids = check_text(encoder, prompt, answer)
     assert decode(encoder, answer_ids) == lead_of(encoder) + answer + stop
     assert [i for i in answer_ids if i in encoder.stop_ids] == answer_ids[-1:]
     bos = encoder.tokenizer.bos_token_id
-    assert bos is None or (prompt_ids + answer_ids)[:2] != [bos, bos]
+    assert bos is None or (encoder.prompt_ids(prompt) + answer_ids)[:2] != [bos, bos]
 
 
 def runs(encoded: dict[str, list[int]]) -> list[list[int]]:
@@ -145,7 +122,7 @@ def runs(encoded: dict[str, list[int]]) -> list[list[int]]:
 
 def check_dialogue(encoder: Encoder, turns: list[Message], stop: str) -> None:
     """Every assistant turn carries loss up to its stop token, and nothing else does."""
-    encoded = tokens.dialogue(encoder, {"messages": turns}, 10**6)
+    encoded = dialogue(encoder, turns)
     lead = lead_of(encoder)
     expected = [lead + turn["content"] + stop for turn in turns if turn["role"] == "assistant"]
     assert [decode(encoder, run) for run in runs(encoded)] == expected
@@ -153,56 +130,12 @@ def check_dialogue(encoder: Encoder, turns: list[Message], stop: str) -> None:
     assert decode(encoder, encoded["input_ids"]) == rendered_to_stop(encoder, folded(encoder, turns), stop)
 
 
-def length(pair: dict[str, list[int]]) -> int:
-    """Tokens of the prompt and of the longer answer."""
-    return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
-
-
-def reason(encoder: Encoder, prompt: list[Message], chosen: str, rejected: str, max_length: int = 1024) -> str:
+def reason(encoder: Encoder, prompt: list[Message], chosen: str, rejected: str) -> str:
     """Why the pair is dropped."""
-    row = {"prompt": prompt, "chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}
     with pytest.raises(Dropped) as dropped:
-        tokens.pair(encoder, row, max_length)
+        pair(encoder, prompt, chosen, rejected)
     assert str(dropped.value) == dropped.value.reason
     return dropped.value.reason
-
-
-def test_every_built_in_template_is_tested() -> None:
-    assert catalog.templates() == sorted(TEMPLATES)
-
-
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_the_text_of_a_conversation(make_encoder: MakeEncoder, template: str) -> None:
-    encoder = make_encoder("mistral", template)
-    assert encoder.render(TURNS, ask=False) == RENDERED[template]
-
-
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_the_text_that_asks(make_encoder: MakeEncoder, template: str) -> None:
-    encoder = make_encoder("mistral", template)
-    assert encoder.render(TURNS[:3], ask=True) == ASKED[template]
-    assert decode(encoder, encoder.prompt_ids(TURNS[:3])) == ASKED[template]
-
-
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_the_text_that_asks_with_a_system_message(make_encoder: MakeEncoder, template: str) -> None:
-    encoder = make_encoder("mistral", template)
-    assert decode(encoder, encoder.prompt_ids([system("Be short."), user("Tea?")])) == ASKED_WITH_SYSTEM[template]
-
-
-def test_a_template_for_a_bos_works_without_one(make_encoder: MakeEncoder) -> None:
-    encoder = make_encoder("qwen2", "mistral-instruct")
-    assert encoder.render(TURNS[:2], ask=False) == "[INST] Tea? [/INST] Leaves.<|im_end|>"
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_what_the_probe_finds(make_encoder: MakeEncoder, family: str, template: str) -> None:
-    encoder = make_encoder(family, template)
-    stops = [stop_text(template, family), EOS[family]]
-    assert encoder.tokenizer.convert_ids_to_tokens(list(encoder.stop_ids)) == list(dict.fromkeys(stops))
-    assert encoder.has_system == (template in ("alpaca", "chatml", "zephyr"))
-    assert not encoder.adds_bos
 
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
@@ -229,102 +162,13 @@ def test_every_assistant_turn_is_supervised(
 def test_the_three_sequences_of_a_pair(make_encoder: MakeEncoder, template: str) -> None:
     encoder = make_encoder("mistral", template)
     prompt = PROMPTS["system and two turns"]
-    row = {"prompt": prompt, "chosen": [assistant("Beans.")], "rejected": [assistant("Stones.")]}
-    encoded = tokens.pair(encoder, row, 1024)
-    prompt_ids = encoder.prompt_ids(prompt)
-    assert encoded == {
-        "prompt_ids": prompt_ids,
-        "chosen_ids": encoder.answer_ids(prompt, prompt_ids, assistant("Beans.")),
-        "rejected_ids": encoder.answer_ids(prompt, prompt_ids, assistant("Stones.")),
-    }
+    encoded = pair(encoder, prompt, "Beans.", "Stones.")
+    assert list(encoded) == ["prompt_ids", "chosen_ids", "rejected_ids"]
+    assert encoded["prompt_ids"] == encoder.prompt_ids(prompt)
     lead = " " if template in ("instruct", "mistral-instruct") else ""
     stop = stop_text(template, "mistral")
     assert decode(encoder, encoded["chosen_ids"]) == f"{lead}Beans.{stop}"
     assert decode(encoder, encoded["rejected_ids"]) == f"{lead}Stones.{stop}"
-
-
-def test_supervised_counts_the_tokens_with_loss() -> None:
-    assert tokens.supervised({"prompt_ids": [1, 2], "chosen_ids": [3, 4, 5], "rejected_ids": [6]}) == 4
-    assert tokens.supervised({"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}) == 2
-
-
-# --- templates and tokenizers that do not go together ---
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("end", ["<|eot_id|>", "<end_of_turn>", "###"])
-def test_a_turn_end_that_is_no_token_is_refused(make_tokenizer: MakeTokenizer, family: str, end: str) -> None:
-    tokenizer = make_tokenizer(family)
-    tokenizer.chat_template = catalog.template("chatml").replace("<|im_end|>", end)
-    with pytest.raises(RecipeError) as error:
-        tokens.encoder(tokenizer)
-    assert error.value.exit_code == 2
-    assert str(error.value).startswith(f"model.chat_template: ends a turn with {end!r}, which is no single token")
-
-
-def test_chatml_needs_its_tokens(plain_tokenizer: Callable[..., PreTrainedTokenizerBase]) -> None:
-    tokenizer = plain_tokenizer()
-    tokenizer.chat_template = catalog.template("chatml")
-    with pytest.raises(RecipeError, match=r"ends a turn with '<\|im_end\|>'"):
-        tokens.encoder(tokenizer)
-
-
-@pytest.mark.parametrize("template", ["alpaca", "instruct", "mistral-instruct", "zephyr"])
-def test_the_others_need_only_an_eos(plain_tokenizer: Callable[..., PreTrainedTokenizerBase], template: str) -> None:
-    tokenizer = plain_tokenizer()
-    tokenizer.chat_template = catalog.template(template)
-    assert tokens.encoder(tokenizer).stop_ids == (tokenizer.eos_token_id,)
-
-
-BAD_TEMPLATES = {
-    "none": (None, "has no chat template of its own — name one: chatml, zephyr, mistral-instruct, instruct, alpaca, "),
-    "broken": ("{% for m in messages %}", "cannot render a conversation: "),
-    "raises": ("{{ raise_exception('not today') }}", "cannot render a conversation: not today"),
-    "loses the answer": ("{{ messages[0]['content'] }}", "loses the assistant's text"),
-}
-
-
-@pytest.mark.parametrize(("template", "message"), BAD_TEMPLATES.values(), ids=BAD_TEMPLATES.keys())
-def test_a_template_that_does_not_work(make_tokenizer: MakeTokenizer, template: str | None, message: str) -> None:
-    tokenizer = make_tokenizer("mistral")
-    tokenizer.chat_template = template
-    with pytest.raises(RecipeError) as error:
-        tokens.encoder(tokenizer)
-    assert message in str(error.value)
-    assert error.value.problems[0].where == "model.chat_template"
-
-
-BARE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-
-
-def test_nothing_that_ends_an_answer(plain_tokenizer: Callable[..., PreTrainedTokenizerBase]) -> None:
-    tokenizer = plain_tokenizer(eos=None)
-    tokenizer.chat_template = BARE
-    with pytest.raises(RecipeError, match="nothing ends an answer"):
-        tokens.encoder(tokenizer)
-
-
-def test_the_eos_is_added_where_the_template_ends_no_answer(make_tokenizer: MakeTokenizer) -> None:
-    tokenizer = make_tokenizer("mistral")
-    tokenizer.chat_template = BARE
-    encoder = tokens.encoder(tokenizer)
-    ids = encoder.answer_ids([user("Tea?")], encoder.prompt_ids([user("Tea?")]), assistant("Leaves."))
-    assert decode(encoder, ids) == "assistant: Leaves.\n</s>"
-
-
-def test_a_stop_token_inside_where_the_template_ends_no_answer(make_tokenizer: MakeTokenizer) -> None:
-    tokenizer = make_tokenizer("mistral")
-    tokenizer.chat_template = BARE
-    encoder = tokens.encoder(tokenizer)
-    assert reason(encoder, [user("Tea?")], "Leaves.</s>More.", "Stones.") == "stop token inside the answer"
-
-
-def test_a_template_that_changes_the_prompt_afterwards(make_tokenizer: MakeTokenizer) -> None:
-    tokenizer = make_tokenizer("mistral")
-    tokenizer.chat_template = "{{ messages | length }}" + catalog.template("zephyr")
-    encoder = tokens.encoder(tokenizer)
-    with pytest.raises(Dropped, match="template renders the prompt differently with an answer"):
-        encoder.answer_ids([user("Tea?")], encoder.prompt_ids([user("Tea?")]), assistant("Leaves."))
 
 
 # --- the BOS ---
@@ -338,8 +182,8 @@ def test_one_bos_where_the_tokenizer_adds_one(
     tokenizer.chat_template = catalog.template(template)
     encoder = tokens.encoder(tokenizer)
     prompt = PROMPTS["three turns"]
-    ids = encoder.prompt_ids(prompt)
-    ids += encoder.answer_ids(prompt, ids, assistant("Leaves."))
+    encoded = pair(encoder, prompt, "Leaves.", "Stones.")
+    ids = encoded["prompt_ids"] + encoded["chosen_ids"]
     bos = tokenizer.bos_token_id
     assert encoder.adds_bos
     assert [i for i, token in enumerate(ids) if token == bos] == [0]
@@ -347,38 +191,7 @@ def test_one_bos_where_the_tokenizer_adds_one(
     assert decode(encoder, ids) == "<s>" + expected
 
 
-@pytest.mark.parametrize("template", ["alpaca", "instruct", "zephyr"])
-def test_no_bos_where_neither_adds_one(make_encoder: MakeEncoder, template: str) -> None:
-    encoder = make_encoder("mistral", template)
-    assert encoder.tokenizer.bos_token_id not in encoder.prompt_ids(PROMPTS["three turns"])
-
-
-@pytest.mark.parametrize("family", ["phi-2", "mistral", "smollm"])
-def test_the_bos_of_the_template_stands_first(make_encoder: MakeEncoder, family: str) -> None:
-    encoder = make_encoder(family, "mistral-instruct")
-    bos = encoder.tokenizer.bos_token_id
-    assert [i for i, token in enumerate(encoder.prompt_ids(PROMPTS["single turn"])) if token == bos] == [0]
-
-
 # --- roles ---
-
-
-@pytest.mark.parametrize("template", ["instruct", "mistral-instruct"])
-def test_a_system_message_goes_into_the_first_user_turn(make_encoder: MakeEncoder, template: str) -> None:
-    turns = [system("Be short."), user("Tea?"), assistant("Leaves."), user("Coffee?")]
-    expected = [user("Be short.\n\nTea?"), assistant("Leaves."), user("Coffee?")]
-    assert make_encoder("mistral", template).alternating(turns) == expected
-
-
-@pytest.mark.parametrize("template", ["alpaca", "chatml", "zephyr"])
-def test_a_system_message_stays_where_it_is_known(make_encoder: MakeEncoder, template: str) -> None:
-    turns = [system("Be short."), user("Tea?"), assistant("Leaves."), user("Coffee?")]
-    assert make_encoder("mistral", template).alternating(turns) == turns
-
-
-@pytest.mark.parametrize("template", ["instruct", "mistral-instruct"])
-def test_an_empty_system_message_adds_nothing(make_encoder: MakeEncoder, template: str) -> None:
-    assert make_encoder("mistral", template).alternating([system(""), user("Tea?")]) == [user("Tea?")]
 
 
 NOT_ALTERNATING: dict[str, list[Message]] = {
@@ -401,14 +214,12 @@ def test_roles_that_do_not_alternate(make_encoder: MakeEncoder, template: str, t
         encoder.prompt_ids(turns)
     assert reason(encoder, turns, "Leaves.", "Stones.") == "roles do not alternate"
     with pytest.raises(Dropped, match=r"^roles do not alternate$"):
-        tokens.dialogue(encoder, {"messages": [*turns, assistant("Leaves.")]}, 1024)
+        dialogue(encoder, [*turns, assistant("Leaves.")])
 
 
 def test_a_prompt_that_ends_with_an_answer_does_not_alternate(make_encoder: MakeEncoder) -> None:
     prompt = [user("Tea?"), assistant("Leaves.")]
-    row = {"prompt": prompt, "chosen": [assistant("Yes.")], "rejected": [assistant("No.")]}
-    with pytest.raises(Dropped, match=r"^roles do not alternate$"):
-        tokens.pair(make_encoder("mistral", "zephyr"), row, 1024)
+    assert reason(make_encoder("mistral", "zephyr"), prompt, "Yes.", "No.") == "roles do not alternate"
 
 
 # --- answers ---
@@ -422,12 +233,12 @@ def test_an_empty_answer(make_encoder: MakeEncoder, template: str, answer: str) 
     assert reason(encoder, [user("Tea?")], "Leaves.", answer) == "empty answer"
     for turns in ([user("Tea?"), assistant(answer)], [user("a"), assistant(answer), user("b"), assistant("c")]):
         with pytest.raises(Dropped, match=r"^empty answer$"):
-            tokens.dialogue(encoder, {"messages": turns}, 1024)
+            dialogue(encoder, turns)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("answer", ["Leaves.{}Stones.", "Leaves.{}", "Leaves.{} \n", "Leaves.{}{}Stones."])
+@pytest.mark.parametrize("answer", ["Leaves.{}Stones.", "Leaves.{}", "Leaves.{} \n", "{}{}Stones.", "{}Leaves."])
 def test_an_answer_with_the_stop_token(make_encoder: MakeEncoder, template: str, family: str, answer: str) -> None:
     encoder = make_encoder(family, template)
     for stop in {stop_text(template, family), EOS[family]}:
@@ -439,13 +250,7 @@ def test_an_answer_with_the_stop_token(make_encoder: MakeEncoder, template: str,
 def test_an_earlier_answer_with_the_stop_token(make_encoder: MakeEncoder) -> None:
     turns = [user("Tea?"), assistant("Leaves.</s>Stones."), user("Coffee?"), assistant("Beans.")]
     with pytest.raises(Dropped, match=r"^stop token inside the answer$"):
-        tokens.dialogue(make_encoder("mistral", "zephyr"), {"messages": turns}, 1024)
-
-
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_an_answer_that_starts_with_the_stop_token(make_encoder: MakeEncoder, template: str) -> None:
-    encoder = make_encoder("mistral", template)
-    assert reason(encoder, [user("Tea?")], "</s>Leaves.", "Stones.") == "stop token inside the answer"
+        dialogue(make_encoder("mistral", "zephyr"), turns)
 
 
 @pytest.mark.parametrize("rejected", ["Leaves.", " Leaves.\n"])
@@ -454,38 +259,26 @@ def test_chosen_equals_rejected(make_encoder: MakeEncoder, rejected: str) -> Non
 
 
 def test_pairs_that_differ_in_case_alone_are_kept(make_encoder: MakeEncoder) -> None:
-    row = {"prompt": [user("Tea?")], "chosen": [assistant("Leaves.")], "rejected": [assistant("leaves.")]}
-    encoded = tokens.pair(make_encoder("mistral", "zephyr"), row, 1024)
+    encoded = pair(make_encoder("mistral", "zephyr"), [user("Tea?")], "Leaves.", "leaves.")
     assert encoded["chosen_ids"] != encoded["rejected_ids"]
-
-
-@pytest.mark.parametrize(("chosen", "rejected"), [("Leaves " * 9, "No."), ("No.", "Leaves " * 9)])
-def test_a_pair_is_as_long_as_its_longer_side(make_encoder: MakeEncoder, chosen: str, rejected: str) -> None:
-    encoder = make_encoder("mistral", "zephyr")
-    row = {"prompt": [user("Tea?")], "chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}
-    encoded = tokens.pair(encoder, row, 1024)
-    assert tokens.pair(encoder, row, length(encoded)) == encoded
-    assert reason(encoder, row["prompt"], chosen, rejected, length(encoded) - 1) == "longer than max_length"
-
-
-def test_a_dialogue_that_is_too_long(make_encoder: MakeEncoder) -> None:
-    encoder = make_encoder("mistral", "zephyr")
-    encoded = tokens.dialogue(encoder, {"messages": TURNS}, 1024)
-    longest = len(encoded["input_ids"])
-    assert tokens.dialogue(encoder, {"messages": TURNS}, longest) == encoded
-    with pytest.raises(Dropped, match=r"^longer than max_length$"):
-        tokens.dialogue(encoder, {"messages": TURNS}, longest - 1)
 
 
 def test_a_dialogue_without_an_answer(make_encoder: MakeEncoder) -> None:
     with pytest.raises(Dropped, match=r"^no assistant turn$"):
-        tokens.dialogue(make_encoder("mistral", "zephyr"), {"messages": [user("Tea?")]}, 1024)
+        dialogue(make_encoder("mistral", "zephyr"), [user("Tea?")])
 
 
-def test_a_question_after_the_last_answer_is_left_out(make_encoder: MakeEncoder) -> None:
-    encoder = make_encoder("mistral", "zephyr")
-    more = [*TURNS, user("Milk?")]
-    assert tokens.dialogue(encoder, {"messages": more}, 1024) == tokens.dialogue(encoder, {"messages": TURNS}, 1024)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_question_after_the_last_answer_is_left_out(make_encoder: MakeEncoder, template: str) -> None:
+    encoder = make_encoder("mistral", template)
+    turns = PROMPTS["system and two turns"][:-1]
+    limit = Limit(1024)
+    rows = [tokens.dialogue(encoder, {"messages": m}, limit) for m in (turns, [*turns, user("Milk?")])]
+    without, more = tokens.encode_rows(encoder, rows)
+    assert isinstance(without, Encoded)
+    assert isinstance(more, Encoded)
+    assert without.ids == more.ids
+    assert (without.cut, more.cut) == ("", "last question left out: it has no answer")
 
 
 # --- tokens that merge over the seam of prompt and answer ---
@@ -514,30 +307,42 @@ def test_merged_tokens_in_a_last_turn(merging: Encoder, answer: str) -> None:
 def test_merged_tokens_in_an_earlier_turn_drop_the_row(merging: Encoder, answer: str) -> None:
     turns = [user("Tea?"), assistant(answer), user("Coffee?"), assistant("Beans.")]
     with pytest.raises(Dropped, match=r"^an earlier answer's tokens merge with its prompt$"):
-        tokens.dialogue(merging, {"messages": turns}, 1024)
+        dialogue(merging, turns)
 
 
 def test_an_earlier_turn_whose_tokens_do_not_merge_is_supervised(merging: Encoder) -> None:
     check_dialogue(merging, [user("Tea?"), assistant("\nLeaves."), user("Coffee?"), assistant("Beans.")], "</s>")
 
 
-@pytest.mark.parametrize("template", ["alpaca", "instruct", "mistral-instruct", "zephyr"])
-@pytest.mark.parametrize("answer", ["Leaves.", " Leaves.", "  \n Leaves."])
-def test_no_space_slips_in_before_an_answer(template: str, answer: str) -> None:
-    """Tokenizers in the manner of SentencePiece put a space before a text that they are given on its own."""
+@pytest.fixture(scope="session")
+def spaced() -> Callable[[str], Encoder]:
+    """Encoders that put a space before a text given on its own, in the manner of SentencePiece."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     core.decoder = decoders.Metaspace(prepend_scheme="first")
     alphabet = [chr(i) for i in range(128)]
     trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
-    core.train_from_iterator(["Leaves are tea"] * 3, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
-    tokenizer.chat_template = catalog.template(template)
-    encoder = tokens.encoder(tokenizer)
-    assert tokenizer.convert_ids_to_tokens(tokenizer("Leaves")["input_ids"])[0].startswith("▁")
-    ids = encoder.prompt_ids([user("Tea?")])
-    ids += encoder.answer_ids([user("Tea?")], ids, assistant(answer))
-    assert decode(encoder, ids) == rendered_to_stop(encoder, [user("Tea?"), assistant(answer)], "</s>")
+    core.train_from_iterator(["Leaves\n\nare tea"] * 3, trainer)
+
+    def build(template: str) -> Encoder:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+        tokenizer.chat_template = catalog.template(template)
+        assert tokenizer.convert_ids_to_tokens(tokenizer("Leaves")["input_ids"])[0].startswith("▁")
+        return tokens.encoder(tokenizer)
+
+    return build
+
+
+@pytest.mark.parametrize("template", ["alpaca", "instruct", "mistral-instruct", "zephyr"])
+@pytest.mark.parametrize("answer", ["Leaves.", " Leaves.", "  \n Leaves."])
+def test_no_space_slips_in_before_an_answer(spaced: Callable[[str], Encoder], template: str, answer: str) -> None:
+    check_text(spaced(template), [user("Tea?")], answer)
+
+
+@pytest.mark.xfail(strict=True, reason="an answer whose tokens merge with the question is tokenized as a text's start")
+@pytest.mark.parametrize("template", ["alpaca", "zephyr"])
+def test_no_space_slips_in_before_a_merged_answer(spaced: Callable[[str], Encoder], template: str) -> None:
+    check_text(spaced(template), [user("Tea?")], "\nLeaves.")
 
 
 # --- any text ---
@@ -583,26 +388,63 @@ def test_any_merged_answer(merging: Encoder, question: str, lead: str, answer: s
 
 
 @many
-@given(template=st.sampled_from(TEMPLATES), turns=conversations(), other=answers, max_length=st.integers(8, 120))
-def test_any_pair_fits_or_is_dropped(
-    make_encoder: MakeEncoder, template: str, turns: list[Message], other: str, max_length: int
-) -> None:
-    encoder = make_encoder("mistral", template)
-    row: dict[str, Any] = {"prompt": turns[:-1], "chosen": [turns[-1]], "rejected": [assistant(other)]}
-    try:
-        encoded = tokens.pair(encoder, row, max_length)
-    except Dropped as dropped:
-        same = turns[-1]["content"].strip() == other.strip()
-        assert dropped.reason == ("chosen equals rejected" if same else "longer than max_length")
-        assert same or length(tokens.pair(encoder, row, 10**6)) > max_length
-    else:
-        assert length(encoded) <= max_length
-
-
-@many
 @given(template=st.sampled_from(TEMPLATES), turns=conversations())
 def test_any_system_message_is_folded_once(make_encoder: MakeEncoder, template: str, turns: list[Message]) -> None:
     encoder = make_encoder("mistral", template)
     once = encoder.alternating(turns)
     assert encoder.alternating(once) == once
     assert [m["role"] for m in once if m["role"] != "system"] == ["user", "assistant"] * (len(once) // 2)
+
+
+marked = st.lists(texts | st.sampled_from(["<s>", "</s>", "<|im_start|>", "<|im_end|>", "\n"]), max_size=5).map("".join)
+
+
+@many
+@given(
+    family=st.sampled_from([*FAMILIES, "plain"]),
+    template=st.sampled_from(TEMPLATES),
+    question=marked,
+    lead=st.text("\n ", max_size=3),
+    answer=answers,
+)
+def test_the_ids_are_those_of_the_whole_text(
+    make_encoder: MakeEncoder, merging: Encoder, family: str, template: str, question: str, lead: str, answer: str
+) -> None:
+    """Only what follows the last special token is tokenized with the answer, which must not show."""
+    encoder = merging if family == "plain" else make_encoder(family, template)
+    turns = [user(question), assistant(lead + answer)]
+    encoded = pair(encoder, turns[:1], turns[1]["content"], "No, it is not.")
+    asked, whole = encoder.render(turns[:1], ask=True), encoder.render(turns, ask=False)
+    prompt_ids, whole_ids, answer_ids = encoder.encode([asked, whole, whole[len(asked) :]])
+    n = len(prompt_ids)
+    expected = whole_ids[n:] if whole_ids[:n] == prompt_ids else answer_ids
+    assert encoded["prompt_ids"] == prompt_ids
+    assert encoded["chosen_ids"] == expected[: len(encoded["chosen_ids"])]
+    assert not decode(encoder, expected[len(encoded["chosen_ids"]) :]).strip()
+
+
+@settings(many, max_examples=40)
+@given(template=st.sampled_from(TEMPLATES), rows=st.lists(st.tuples(conversations(), st.just("") | texts), max_size=8))
+def test_many_rows_at_once_are_as_one_by_one(
+    make_encoder: MakeEncoder, template: str, rows: list[tuple[list[Message], str]]
+) -> None:
+    encoder, limit = make_encoder("mistral", template), Limit(90, "truncate_prompt")
+
+    def rules() -> list[tokens.Asking]:
+        pairs = [{"prompt": t[:-1], "chosen": t[-1:], "rejected": [assistant(other)]} for t, other in rows]
+        said: list[Canonical] = [{"messages": t} for t, _ in rows] + [{"text": other} for _, other in rows]
+        return [tokens.pair(encoder, row, limit) for row in pairs] + [tokens.dialogue(encoder, r, limit) for r in said]
+
+    together = tokens.encode_rows(encoder, rules())
+    alone = [tokens.encode_rows(encoder, [rule])[0] for rule in rules()]
+    assert list(map(repr, together)) == list(map(repr, alone))
+    assert len(together) == 3 * len(rows)
+
+
+@many
+@given(family=st.sampled_from(FAMILIES), text=answers)
+def test_any_plain_text(make_encoder: MakeEncoder, family: str, text: str) -> None:
+    encoder = make_encoder(family, "chatml")
+    encoded = tokens.encode_one(encoder, tokens.dialogue(encoder, {"text": text}, Limit(1024)))
+    assert decode(encoder, encoded["input_ids"]) == text + EOS[family]
+    assert encoded["labels"] == encoded["input_ids"]

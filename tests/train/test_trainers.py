@@ -17,9 +17,9 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from alignctl.errors import RecipeError
 from alignctl.recipe.schema import Recipe
-from alignctl.train import fit, machine, standin, trl_seam
-from alignctl.train import model as models
+from alignctl.train import fit, machine, standin, translate, trl_seam
 from alignctl.train.parts import Parts
+from alignctl.train.tokenizer import load_encoder
 from alignctl.train.tokens import Encoder
 
 ROWS = [
@@ -62,7 +62,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build(recipe: Recipe, run: Path) -> Trainer:
     rows = Dataset.from_list(SFT_ROWS if recipe.method == "sft" else ROWS)
     where = machine.Machine("cpu", "test", True)
-    encoder: Encoder = models.load_encoder(recipe)
+    encoder: Encoder = load_encoder(recipe)
     precision = where.precision(recipe.model.dtype)
     return fit.BUILD[recipe.method](recipe, Parts(where, precision, encoder, rows, rows, run))
 
@@ -236,7 +236,7 @@ def test_trl_values_of_another_type_are_refused(tiny: Path, tmp_path: Path) -> N
 def test_targets_that_cannot_be_trained_are_refused(
     tiny: Path, tmp_path: Path, lora: dict[str, Any], said: str
 ) -> None:
-    with pytest.raises(RecipeError, match=said), fit._refused():
+    with pytest.raises(RecipeError, match=said), translate.refused():
         build(make_recipe("dpo", tiny, lora=lora), tmp_path)
 
 

@@ -65,6 +65,52 @@ _add_training_command("dpo", "Direct Preference Optimization.")
 _add_training_command("orpo", "Odds Ratio Preference Optimization.")
 
 
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def check(recipe: Recipe, overrides: Overrides = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Check recipe, data and tokenizer: where every row goes, and what is odd about the rows. No weights are loaded."""
+    from alignctl.cli import check
+
+    check.command(recipe, overrides, as_json=as_json)
+
+
+@app.command()
+def inspect(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    row: Annotated[
+        str | None, typer.Option("--row", metavar="N", help="The N-th row kept, or a place such as pairs.jsonl:17.")
+    ] = None,
+    longest: Annotated[bool, typer.Option("--longest", help="The longest row.")] = False,
+    at_random: Annotated[bool, typer.Option("--random", help="Any row.")] = False,
+    part: Annotated[str, typer.Option("--part", help="train or eval.")] = "train",
+    side: Annotated[str | None, typer.Option("--side", help="chosen or rejected alone.")] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Token ids too.")] = False,
+    as_json: Json = False,
+    export: Annotated[
+        Path | None, typer.Option("--export", metavar="FILE", help="Write all rows as messages (.jsonl) instead.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Show a row as the model will see it: rendered text, what is trained, token ids."""
+    from alignctl.cli import inspect
+
+    inspect.command(
+        recipe,
+        overrides,
+        row=row,
+        longest=longest,
+        at_random=at_random,
+        part=part,
+        side=side,
+        ids=ids,
+        as_json=as_json,
+        export=export,
+    )
+
+
 @recipes.callback()
 def list_recipes(context: typer.Context) -> None:
     """List the built-in recipes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import json
 import os
 import re
@@ -196,8 +197,11 @@ def _find_files(found: Tree, recipe: Path) -> None:
     places = (recipe.parent, Path.cwd(), catalog.folder())
 
     def absolute(path: str) -> str:
-        hit = next((place / path for place in places if (place / path).is_file()), None)
-        return str(hit.resolve()) if hit else path
+        hit = next((place / path for place in places if path and (place / path).exists()), None)
+        if hit:
+            return str(hit.resolve())
+        globs = [f"{glob.escape(str(place.resolve()))}/{path}" for place in places if glob.has_magic(path)]
+        return next((each for each in globs if glob.glob(each, recursive=True)), path)  # noqa: PTH207 (`**.jsonl`)
 
     model, data = found.values.get("model"), found.values.get("data")
     template = model.get("chat_template") if isinstance(model, dict) else None
@@ -217,6 +221,7 @@ def _rules(found: Tree, method: str | None) -> list[Problem]:
     return [
         *_method_rules(found, values, method),
         *_pair_rules(found, sections),
+        *_weight_rules(found, sections.get("data", {})),
         *_template_rules(found, sections.get("model", {})),
         *_trl_rules(found, values),
         *_choice_rules(found, sections.get("training", {})),
@@ -280,6 +285,19 @@ def _pair_rules(found: Tree, sections: dict[str, dict[str, Any]]) -> list[Proble
         ),
     ]
     return [Problem(found.place(key), f"{key}: {what}", way_out) for key, wrong, what, way_out in checks if wrong]
+
+
+def _weight_rules(found: Tree, data: dict[str, Any]) -> list[Problem]:
+    problems = []
+    for part in ("train", "eval"):
+        given = data.get(part)
+        sources = [s for s in given if isinstance(s, dict)] if isinstance(given, list) else []
+        weighted = ["weight" in source for source in sources]
+        if any(weighted) and not all(weighted):
+            key = f"data.{part}.{weighted.index(False)}"
+            what = f"{key}: has no weight, and another source has one"
+            problems.append(Problem(found.place(key), what, "give every source a weight, or none"))
+    return problems
 
 
 def _template_rules(found: Tree, model: dict[str, Any]) -> list[Problem]:
@@ -373,7 +391,14 @@ def _explain(found: Tree, item: dict[str, Any], written: str | None) -> Problem:
     got = written if written is not None else item.get("input")
     what = item["msg"][0].lower() + item["msg"][1:]
     shown = f", got {got!r}" if isinstance(got, str | int | float | bool) else ""
-    return Problem(found.place(dotted), f"{dotted}: {what}{shown}", _default(dotted))
+    return Problem(found.place(dotted), f"{dotted}: {what}{shown}", _meant(item) or _default(dotted))
+
+
+def _meant(item: dict[str, Any]) -> str:
+    """The nearest of the values that a key knows."""
+    known = re.findall(r"'([^']*)'", item.get("ctx", {}).get("expected", ""))
+    near = difflib.get_close_matches(str(item.get("input")), known, 1)
+    return f"did you mean {near[0]}?" if near else ""
 
 
 def _default(dotted: str) -> str:

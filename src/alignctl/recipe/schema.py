@@ -32,6 +32,43 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+FormatName = Literal[
+    "prompt-chosen-rejected",
+    "conversational",
+    "hh",
+    "orca",
+    "sharegpt-ranking",
+    "alpaca-ranking",
+    "argilla",
+    "stackexchange",
+    "pku-saferlhf",
+    "completions",
+    "scored",
+    "messages",
+    "prompt-completion",
+    "alpaca",
+    "sharegpt",
+    "text",
+]
+Column = Literal[
+    "prompt",
+    "system",
+    "chosen",
+    "rejected",
+    "messages",
+    "conversations",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "question",
+    "text",
+    "response",
+    "score",
+    "completions",
+]
+
+
 class Model(Section):
     """The model to start from."""
 
@@ -89,15 +126,29 @@ class Source(Section):
     """Rows from one place."""
 
     path: str = Field(
-        description="A `.jsonl`, `.json`, `.csv` or `.parquet` file (looked for beside the recipe, in the current "
-        "folder, beside the built-in recipes), or a hub name."
+        description="A `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet` or `.arrow` file, plain or with `.gz` or `.zst` "
+        "behind, a glob or a directory of such files (looked for beside the recipe, in the current folder, beside the "
+        "built-in recipes), or a hub name."
     )
     name: str | None = Field(None, description="The hub data set's configuration.")
-    split: str = Field("train", description="The hub data set's split.")
+    split: str = Field("train", description="The split of a hub data set, or of a directory with a file for each.")
     revision: str | None = Field(None, description="The hub data set's commit, tag or branch.")
     take: int | None = Field(None, gt=0, description="Only the first so many rows.")
+    weight: float | None = Field(
+        None, gt=0, description="This source's share of the mix, which is as large as it can be without repeating rows."
+    )
+    format: FormatName | None = Field(None, description="The shape of the rows; found from the rows when absent.")
+    columns: dict[Column, str] | None = Field(
+        None, description="Columns under other names, e.g. `{prompt: question, chosen: answer_a}`."
+    )
     answer: Literal["chosen"] | None = Field(
         None, description="For `sft` on a preference set: train on the chosen answers."
+    )
+    rejected: Literal["worst", "random"] = Field(
+        "worst", description="For sets of scored answers: what the best answer is paired with."
+    )
+    tie_margin: float | None = Field(
+        None, ge=0, description="Leave out pairs whose scores differ by no more than this."
     )
 
 
@@ -112,7 +163,11 @@ class Data(Section):
         None, gt=0, lt=1, description="Hold out this share of the prompts of `train` instead of naming `eval`."
     )
     max_length: int = Field(1024, ge=8, description="Tokens of prompt and answer together.")
-    overlong: Literal["drop", "error"] = Field("drop", description="What to do with a row beyond `max_length`.")
+    overlong: Literal["drop", "truncate_prompt", "truncate_completion", "error"] = Field(
+        "drop",
+        description="What to do with a row beyond `max_length`: drop it, leave out the oldest turns of its prompt, cut "
+        "its answers (which then have no end token), or stop.",
+    )
     max_dropped: float = Field(0.05, ge=0, le=1, description="The run stops when a larger share of rows is dropped.")
 
 

@@ -5,79 +5,142 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections import Counter, defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy
-from datasets import Dataset
+import pyarrow
+import pyarrow.compute
 
-from alignctl import formats
 from alignctl.errors import DataError, Problem
-from alignctl.formats import Canonical, Message
-from alignctl.recipe.schema import Data, Recipe, Source
-from alignctl.train import sources, tokens
-from alignctl.train.sources import RawRow
+from alignctl.formats import Canonical
+from alignctl.recipe.schema import Recipe, Source
+from alignctl.train import tokens
+from alignctl.train.encode import PAIR_COLUMNS, ROW_COLUMNS, EncodedSource, encode
+from alignctl.train.ledger import FIRST, Ledger, Places, by_count, check
 from alignctl.train.tokens import Encoder
 
-PERCENTILES = (5, 50, 95, 100)
-
-
-@dataclass
-class Ledger:
-    """How many rows came in, and where each of them went."""
-
-    rows: int = 0
-    kept: int = 0
-    dropped: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    formats: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def lost(self) -> int:
-        return sum(map(len, self.dropped.values()))
-
-    def summary(self) -> dict[str, Any]:
-        """As ledger.json holds it: counts, and the first three rows of each reason."""
-        reasons = {
-            reason: {"rows": len(places), "first": places[:3]}
-            for reason, places in sorted(self.dropped.items(), key=lambda item: -len(item[1]))
-        }
-        return {"rows": self.rows, "kept": self.kept, "dropped": reasons, "formats": dict(self.formats)}
+PERCENTILES = (5, 50, 95, 99, 100)
+Ids = dict[str, list[int]]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Canonical rows and, side by side, their ids."""
+    """Encoded rows: `order[i]` is the number of row i in the `table` of all sources, which stays on disk."""
 
-    canonical: list[Canonical]
-    encoded: list[dict[str, list[int]]]
+    table: pyarrow.Table
+    order: numpy.ndarray
     ledger: Ledger
+    sources: Sequence[EncodedSource]
 
-    def dataset(self) -> Dataset:
-        return Dataset.from_list(self.encoded)
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @property
+    def id_columns(self) -> tuple[str, ...]:
+        return PAIR_COLUMNS if "chosen_ids" in self.table.column_names else ROW_COLUMNS
+
+    def column(self, name: str) -> numpy.ndarray:
+        """The numbers in a column, in the order of the rows."""
+        return self.table[name].to_numpy()[self.order]
+
+    def lengths(self, name: str) -> numpy.ndarray:
+        """How many ids each row has in the column `name`."""
+        return pyarrow.compute.list_value_length(self.table[name]).to_numpy()[self.order]
+
+    def sizes(self) -> numpy.ndarray:
+        """How many ids each row has: prompt, chosen and rejected together, or its one sequence."""
+        columns = self.id_columns if "labels" not in self.id_columns else self.id_columns[:1]
+        return numpy.sum([self.lengths(name) for name in columns], axis=0)
+
+    def longest(self) -> int:
+        """The row with the most ids."""
+        return int(self.sizes().argmax())
+
+    def encoded(self, i: int) -> Ids:
+        """The ids of row `i`."""
+        return self.table.select(self.id_columns).slice(self.order[i], 1).to_pylist()[0]
+
+    def canonical(self, i: int) -> Canonical:
+        """Row `i` as messages."""
+        out: Canonical = json.loads(self.table["canonical"][int(self.order[i])].as_py())
+        return out
+
+    def place(self, i: numpy.integer | int) -> str:
+        """Where row `i` stands in its source."""
+        return str(self.table["place"][int(self.order[i])].as_py())
+
+    def dataset(self) -> Any:
+        """The ids as a `datasets.Dataset`; its rows are read from disk when they are asked for."""
+        from datasets import Dataset
+        from datasets.table import InMemoryTable
+
+        whole = Dataset(InMemoryTable(self.table.select(self.id_columns)), fingerprint=self.fingerprint)
+        return whole.select(self.order, new_fingerprint=f"{self.fingerprint[:32]}-ordered")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the ids of every row, in order."""
+        return hashlib.sha256(self.column("digest").tobytes()).hexdigest()
 
     def summary(self) -> dict[str, Any]:
-        """The ledger with length percentiles, the supervised share, and a fingerprint of the ids."""
-        if not self.encoded:
-            return self.ledger.summary()
-        columns = [c for c in self.encoded[0] if c != "labels"]
-        lengths = {c.removesuffix("_ids"): [len(row[c]) for row in self.encoded] for c in columns}
-        total = sum(sum(values) for values in lengths.values())
-        return self.ledger.summary() | {
-            "tokens": {
-                name: {f"p{p}": int(numpy.percentile(values, p)) for p in PERCENTILES}
-                for name, values in lengths.items()
-            },
-            "supervised_share": round(sum(map(tokens.supervised, self.encoded)) / total, 4),
-            "fingerprint": hashlib.sha256(json.dumps(self.encoded).encode()).hexdigest(),
+        """As ledger.json holds it: the ledger, and what can be counted over the kept rows."""
+        out = self.ledger.summary() | {"sources": [_source(part) for part in self.sources]}
+        if not len(self):
+            return out
+        lengths = {name: self.lengths(name) for name in self.id_columns if name != "labels"}
+        total = int(sum(values.sum() for values in lengths.values()))
+        out |= {
+            "cut": by_count(self.cut()),
+            "duplicates": vars(self.duplicates()),
+            "near_duplicates": vars(self.near_duplicates()),
+            "tokens": {name.removesuffix("_ids"): _percentiles(values) for name, values in lengths.items()},
+            "supervised_share": round(int(self.column("supervised").sum()) / total, 4),
+            "fingerprint": self.fingerprint,
         }
+        if "chosen_ids" in lengths:
+            longer = float(numpy.mean(lengths["chosen_ids"] > lengths["rejected_ids"]))
+            out |= {"chosen_longer": round(longer, 4), "ties": vars(self.ties())}
+        return out
+
+    def cut(self) -> dict[str, Places]:
+        """Rows of which a part was left out to make them fit."""
+        reasons = self.column("cut")
+        return {str(reason): self.places(reasons == reason) for reason in numpy.unique(reasons) if reason}
+
+    def duplicates(self) -> Places:
+        """Rows with the ids of an earlier one."""
+        return self.places(_repeated(self.column("digest")))
+
+    def near_duplicates(self) -> Places:
+        """Rows that say what an earlier one says but for case, punctuation and spacing."""
+        return self.places(_repeated(self.column("likeness")) & ~_repeated(self.column("digest")))
+
+    def ties(self) -> Places:
+        """Rows whose scores are equal."""
+        return self.places(self.column("score_gap") == 0)
+
+    def places(self, which: numpy.ndarray) -> Places:
+        """How many rows `which` (a mask over the rows) holds, and the first of them."""
+        found = numpy.flatnonzero(which)
+        return Places(len(found), [self.place(i) for i in found[:FIRST]])
 
 
-def prompt_key(row: Canonical) -> str:
-    """The prompt of a row, without case and spacing; rows with one key stay on one side of a split."""
-    messages: list[Message] = row.get("prompt") or [m for m in row["messages"] if m["role"] != "assistant"]
-    return " ".join(" ".join(m["content"] for m in messages).lower().split())
+def _repeated(values: numpy.ndarray) -> numpy.ndarray:
+    """True where a value stood earlier in `values`."""
+    out = numpy.ones(len(values), dtype=bool)
+    out[numpy.unique(values, return_index=True)[1]] = False
+    return out
+
+
+def _percentiles(values: numpy.ndarray) -> dict[str, int]:
+    return {f"p{p}": int(numpy.percentile(values, p)) for p in PERCENTILES}
+
+
+def _source(part: EncodedSource) -> dict[str, Any]:
+    return {"path": part.path, "format": part.shape.name, **part.ledger.summary(), "cache": part.cache}
 
 
 def prepare(recipe: Recipe, encoder: Encoder) -> tuple[Rows, Rows | None]:
@@ -85,101 +148,88 @@ def prepare(recipe: Recipe, encoder: Encoder) -> tuple[Rows, Rows | None]:
 
     Raises:
         DataError: a row cannot be read, or too many rows are dropped.
+        MachineError: the hub cannot be reached, or the cache cannot be written.
     """
-    data = recipe.data
-    train = _read(data.train, recipe.method)
-    held_out = _read(data.eval, recipe.method) if data.eval else []
-    if data.eval_fraction:
-        train, held_out = _split(train, data.eval_fraction, recipe.training.seed)
-    encode = _Encode(encoder, data, tokens.dialogue if recipe.method == "sft" else tokens.pair)
-    eval_rows = encode(held_out, set()) if held_out else None
-    train_rows = encode(train, {prompt_key(row) for _, row, _ in held_out})
-    for part, rows in (("data.train", train_rows), ("data.eval", eval_rows)):
+    train, held_out = read(recipe, encoder)
+    check_lost(recipe, train, held_out)
+    return train, held_out
+
+
+def check_lost(recipe: Recipe, train: Rows, held_out: Rows | None) -> None:
+    """Stop when more rows are dropped than the recipe allows.
+
+    Raises:
+        DataError: too many are, or none is left.
+    """
+    for part, rows in (("data.train", train), ("data.eval", held_out)):
         if rows is not None:
-            _check(part, rows.ledger, data)
-    return train_rows, eval_rows
+            check(part, rows.ledger, recipe.data, tokens.OVERLONG)
 
 
-Read = tuple[RawRow, Canonical, str]
+def read(recipe: Recipe, encoder: Encoder) -> tuple[Rows, Rows | None]:
+    """Training rows and held-out rows, however many are dropped."""
+    data = recipe.data
+    train = _mixed(recipe, encoder, data.train)
+    if data.eval:
+        held_out = _mixed(recipe, encoder, data.eval)
+        return _disjoint(train, held_out), held_out
+    if data.eval_fraction and len(train):
+        return _split(train, data.eval_fraction, recipe.training.seed)
+    return train, None
 
 
-def _read(given: list[Source], method: str) -> list[Read]:
-    out: list[Read] = []
-    for source in given:
-        rows = sources.read(source)
-        try:
-            shape = formats.detect(rows[0].values, preference=method != "sft" or source.answer is not None)
-        except formats.RowError as error:
-            hint = "; for a preference set, `answer: chosen`" if method == "sft" else ""
-            raise DataError(Problem(rows[0].place, str(error), f"rename the columns{hint}")) from error
-        canonical = [_canonical(shape, row) for row in rows]
-        if method == "sft" and source.answer is not None:
-            canonical = [formats.chosen_dialogue(row) for row in canonical]
-        out += [(raw, row, shape.name) for raw, row in zip(rows, canonical, strict=True)]
-    return out
+def _mixed(recipe: Recipe, encoder: Encoder, given: list[Source]) -> Rows:
+    """The rows of every source: by weight where there are weights, shuffled where there are several sources."""
+    parts = [encode(source, recipe.method, encoder, recipe.data, recipe.training.seed) for source in given]
+    total = Ledger()
+    for part in parts:
+        total.add(part.ledger)
+    shuffle = random.Random(recipe.training.seed)
+    order, start = [], 0
+    for part, size in zip(parts, _sizes(given, [part.table.num_rows for part in parts]), strict=True):
+        numbers = range(start, start + part.table.num_rows)
+        order += sorted(shuffle.sample(numbers, size))
+        start += part.table.num_rows
+    if len(parts) > 1:
+        shuffle.shuffle(order)
+    total.set_aside("more than the source's weight", [], total.kept - len(order))
+    total.kept = len(order)
+    table = pyarrow.concat_tables([part.table for part in parts])
+    return Rows(table, numpy.array(order, dtype=numpy.int64), total, parts)
 
 
-def _canonical(shape: formats.Format, row: RawRow) -> Canonical:
-    try:
-        return shape.read(row.values)
-    except formats.RowError as error:
-        raise DataError(
-            Problem(row.place, str(error), f"the first row has the format “{shape.name}”; mend or remove this one")
-        ) from error
+def _sizes(given: list[Source], rows: list[int]) -> list[int]:
+    """How many rows of each source are taken: all, or as many as keep the weights."""
+    weights = [source.weight for source in given if source.weight is not None]
+    if not weights:
+        return rows
+    scale = min(n / weight for n, weight in zip(rows, weights, strict=True))
+    return [min(n, round(weight * scale)) for n, weight in zip(rows, weights, strict=True)]
 
 
-def _split(rows: list[Read], fraction: float, seed: int) -> tuple[list[Read], list[Read]]:
-    keys = sorted({prompt_key(row) for _, row, _ in rows})
+def _disjoint(train: Rows, held_out: Rows) -> Rows:
+    """`train` without the prompts of `held_out`."""
+    seen = numpy.isin(train.column("key"), held_out.column("key"))
+    if not seen.any():
+        return train
+    found = train.places(seen)
+    train.ledger.drop("prompt is in the held-out rows", [train.place(i) for i in numpy.flatnonzero(seen)])
+    train.ledger.kept -= found.rows
+    return Rows(train.table, train.order[~seen], train.ledger, train.sources)
+
+
+def _split(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
+    """`rows` in two, so that no prompt stands on both sides."""
+    keys = sorted({int(key) for key in rows.column("key")})
     random.Random(seed).shuffle(keys)
-    held = set(keys[: max(1, round(fraction * len(keys)))])
+    held = keys[: max(1, round(fraction * len(keys)))]
     if len(held) == len(keys):
         what = f"{fraction} of {len(keys)} different prompts leaves none to train on"
         raise DataError(Problem("data.eval_fraction", what, "lower it, or name `data.eval`"))
-    return [r for r in rows if prompt_key(r[1]) not in held], [r for r in rows if prompt_key(r[1]) in held]
-
-
-@dataclass(frozen=True)
-class _Encode:
-    encoder: Encoder
-    data: Data
-    rule: Callable[[Encoder, Canonical, int], dict[str, list[int]]]
-
-    def __call__(self, rows: list[Read], held_out: set[str]) -> Rows:
-        out = Rows([], [], Ledger(rows=len(rows)))
-        for raw, row, shape in rows:
-            out.ledger.formats[shape] += 1
-            try:
-                if held_out and prompt_key(row) in held_out:
-                    raise tokens.Dropped("prompt is in the held-out rows")
-                encoded = self.rule(self.encoder, row, self.data.max_length)
-            except tokens.Dropped as dropped:
-                out.ledger.dropped[dropped.reason].append(raw.place)
-                continue
-            out.canonical.append(row)
-            out.encoded.append(encoded)
-        out.ledger.kept = len(out.encoded)
-        return out
-
-
-def _check(part: str, ledger: Ledger, data: Data) -> None:
-    overlong = ledger.dropped.get("longer than max_length", [])
-    if overlong and data.overlong == "error":
-        raise DataError(
-            Problem(
-                part,
-                f"rows longer than {data.max_length} tokens: {len(overlong)} (first: {', '.join(overlong[:3])})",
-                "raise data.max_length, or data.overlong=drop",
-            )
-        )
-    if ledger.kept and ledger.lost <= data.max_dropped * ledger.rows:
-        return
-    worst = sorted(ledger.dropped.items(), key=lambda item: -len(item[1]))[:3]
-    reasons = "; ".join(f"{reason}: {len(rows)} (first: {', '.join(rows[:3])})" for reason, rows in worst)
-    much = f"more than data.max_dropped ({data.max_dropped:.0%})" if ledger.kept else "so none is left"
-    raise DataError(
-        Problem(
-            part,
-            f"{ledger.lost} of {ledger.rows} rows would be dropped, {much}: {reasons}",
-            "mend the rows, or raise data.max_length or data.max_dropped",
-        )
-    )
+    out = numpy.isin(rows.column("key"), held)
+    count = int(out.sum())
+    formats = rows.ledger.formats
+    held_out = Rows(rows.table, rows.order[out], Ledger(rows=count, kept=count, formats=formats), rows.sources)
+    rows.ledger.set_aside("held out by data.eval_fraction", [], count)
+    rows.ledger.kept -= count
+    return Rows(rows.table, rows.order[~out], rows.ledger, rows.sources), held_out

@@ -13,6 +13,7 @@ from alignctl.train import model as models
 from alignctl.train.data import Rows
 from alignctl.train.display import Display
 from alignctl.train.parts import Parts
+from alignctl.train.tokenizer import template_hash
 
 
 def parameters(trainer: Trainer) -> tuple[int, int]:
@@ -36,7 +37,7 @@ def record(recipe: Recipe, parts: Parts, trainer: Trainer) -> dict[str, Any]:
             "trainable": trainable,
         },
         "reference": dpo.reference(recipe) if recipe.dpo is not None else None,
-        "template": {"name": recipe.model.chat_template, "sha256": models.template_hash(parts.encoder)},
+        "template": {"name": recipe.model.chat_template, "sha256": template_hash(parts.encoder)},
         "machine": {"device": parts.machine.kind, "name": parts.machine.name, "dtype": _dtype(parts)},
         "seed": recipe.training.seed,
     }
@@ -50,7 +51,7 @@ def table(recipe: Recipe, parts: Parts, trainer: Trainer, train: Rows, held_out:
     """What will run, in order."""
     trainable, total = parameters(trainer)
     training = recipe.training
-    updates = -(-len(train.encoded) // (training.per_device_train_batch_size * training.gradient_accumulation_steps))
+    updates = -(-len(train) // (training.per_device_train_batch_size * training.gradient_accumulation_steps))
     steps = training.max_steps or int(updates * training.num_train_epochs)
     rows = {
         "method": _method(recipe),
@@ -90,7 +91,7 @@ def _how(recipe: Recipe) -> str:
 def _rows(rows: Rows) -> str:
     lost = rows.ledger.lost
     shapes = ", ".join(rows.ledger.formats)
-    why = ", ".join(f"{len(places)} {reason}" for reason, places in rows.ledger.dropped.items())
+    why = ", ".join(f"{places.rows} {reason}" for reason, places in rows.ledger.dropped.items())
     return f"{rows.ledger.kept} ({shapes})" + (f", {lost} dropped: {why}" if lost else "")
 
 

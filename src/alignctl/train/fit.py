@@ -1,38 +1,36 @@
-"""Run a recipe: prepare, train, save, summarise. Errors of the libraries are translated here and nowhere else."""
+"""Run a recipe: prepare, train, save, summarise."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib.metadata
 import math
 import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-from safetensors import SafetensorError
 from transformers import Trainer
 
 from alignctl import rundir
-from alignctl.errors import AlignctlError, DivergedError, Interrupted, MachineError, Problem, RecipeError
+from alignctl.errors import DivergedError, Interrupted, MachineError, Problem
 from alignctl.evaluate import scores
 from alignctl.recipe.load import Loaded
 from alignctl.recipe.schema import Recipe
 from alignctl.rundir import RunDir
-from alignctl.train import card, data, dpo, facts, heldout, machine, orpo, sft, standin
-from alignctl.train import model as models
+from alignctl.train import card, data, doctor, dpo, facts, heldout, machine, orpo, sft, standin
 from alignctl.train.data import Rows
 from alignctl.train.display import Display
 from alignctl.train.guards import Finite, Signals
 from alignctl.train.parts import Parts
 from alignctl.train.record import Checkpoints, Metrics, flush
+from alignctl.train.tokenizer import load_encoder
+from alignctl.train.translate import refused, translated
 
 BUILD: dict[str, Callable[[Recipe, Parts], Trainer]] = {"sft": sft.build, "dpo": dpo.build, "orpo": orpo.build}
 PACKAGES = ("alignctl", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
@@ -93,33 +91,23 @@ def assemble(loaded: Loaded, run: RunDir, display: Display, *, smoke: bool) -> J
     precision = where.precision(recipe.model.dtype)
     rundir.write_text(run / "recipe.yaml", loaded.text())
     with display.waiting("reading and tokenizing rows"):
-        with _refused():
-            encoder = models.load_encoder(recipe)
+        with refused():
+            encoder = load_encoder(recipe)
         train_rows, eval_rows = data.prepare(recipe, encoder)
     parts = [("train", train_rows), ("eval", eval_rows)]
     ledger = {name: rows.summary() for name, rows in parts if rows is not None}
-    rundir.write_json(run / "ledger.json", ledger)
+    findings = [] if smoke else doctor.examine(recipe, encoder, train_rows, eval_rows)
+    rundir.write_json(run / "ledger.json", ledger | {"findings": [asdict(finding) for finding in findings]})
     held_out = eval_rows.dataset() if eval_rows else None
     built = Parts(where, precision, encoder, train_rows.dataset(), held_out, run.path)
-    with display.waiting(f"loading {recipe.model.name_or_path}"), _refused():
+    with display.waiting(f"loading {recipe.model.name_or_path}"), refused():
         trainer = BUILD[recipe.method](recipe, built)
     run.update(**facts.record(recipe, built, trainer), versions=_versions(), git=_git(), data=_fingerprints(ledger))
     display.facts(facts.table(recipe, built, trainer, train_rows, eval_rows))
-    for notice in facts.notices(recipe, built):
+    warnings = [f"{finding.name}: {finding.said}; {finding.meaning}" for finding in findings if finding.warns]
+    for notice in [*facts.notices(recipe, built), *warnings]:
         display.say(f"note: {notice}")
     return Job(recipe, built, trainer, train_rows, eval_rows, run, display)
-
-
-@contextlib.contextmanager
-def _refused() -> Iterator[None]:
-    """What transformers, PEFT and TRL refuse to build is a mistake in the recipe, and their words say which."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        what = " ".join(str(error).split())
-        if isinstance(error, OSError) and (error.errno is not None or "huggingface.co" in what):
-            raise
-        raise RecipeError(Problem("model", what, "change the recipe accordingly")) from error
 
 
 def _computable(recipe: Recipe, where: machine.Machine) -> Recipe:
@@ -138,7 +126,7 @@ def train(job: Job, signals: Signals, resume: Path | None) -> None:
         Interrupted: a signal came; the checkpoint is saved.
     """
     checkpoints = Checkpoints(job.run, job.recipe.training.save_total_limit)
-    shown = Metrics(job.run, job.parts.machine, len(job.train.encoded), job.display.step)
+    shown = Metrics(job.run, job.parts.machine, len(job.train), job.display.step)
     for callback in (Finite(), shown, checkpoints, signals):
         job.trainer.add_callback(callback)
     job.measure("before")
@@ -215,7 +203,7 @@ def outcome(job: Job) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             **{f"{when}_tokens": kept[when]["answers"][i]["tokens"] for when in kept},
             **{f"{when}_stopped": kept[when]["answers"][i]["stopped"] for when in kept},
         }
-        for i, row in enumerate(job.eval.canonical[: len(kept["before"]["answers"])])
+        for i, row in enumerate(heldout.asked(job.eval, len(kept["before"]["answers"])))
     ]
     summary = {
         "method": job.recipe.method,
@@ -241,54 +229,3 @@ def _git() -> str | None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         return done.stdout.strip() or None
     return None
-
-
-@contextlib.contextmanager
-def translated(run: RunDir) -> Iterator[None]:
-    """Turn foreign errors that a user can mend into ours; the rest is a bug and stays what it is."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise MachineError(
-            Problem(
-                "memory",
-                str(error).splitlines()[0].strip(),
-                "in order of least harm: training.gradient_checkpointing=true, a smaller "
-                "training.per_device_train_batch_size with more gradient_accumulation_steps, a `quantization:` "
-                "section, a smaller data.max_length",
-            )
-        ) from error
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError) as error:
-        raise _no_model(error) from error
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if _disk_full(error):
-            last = run.checkpoints()
-            kept = f"the last whole checkpoint is {last[-1].name}" if last else "no checkpoint had been written"
-            raise MachineError(
-                Problem(str(run.path), f"the disk is full; {kept}", "free space, then run again with --resume")
-            ) from error
-        if "huggingface.co" in str(error) or "is not a local folder" in str(error):
-            raise _no_model(error) from error
-        raise
-
-
-def _no_model(error: Exception) -> AlignctlError:
-    return MachineError(
-        Problem(
-            "model.name_or_path",
-            f"the hub has no such model, or cannot be reached ({type(error).__name__})",
-            "check the name and the network, log in for a gated model, or give a local folder; "
-            "--smoke needs no network",
-        )
-    )
-
-
-_FULL = ("No space left", "File too large", "Disk quota", "PytorchStreamWriter failed", "inline_container")
-
-
-def _disk_full(error: BaseException) -> bool:
-    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if isinstance(error, OSError) and error.errno in codes:
-        return True
-    said = str(error)
-    return any(sign in said for sign in _FULL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy
@@ -49,17 +50,13 @@ def score(trainer: Trainer, recipe: Recipe, rows: Rows, reference: list[list[flo
     return found
 
 
-def _length(encoded: dict[str, list[int]]) -> int:
-    return sum(map(len, encoded.values())) if "labels" not in encoded else len(encoded["input_ids"])
-
-
 def _batches(trainer: Trainer, rows: Rows) -> Iterator[tuple[list[int], dict[str, Any]]]:
     """Batches of rows of like length, with the numbers of their rows."""
-    order = sorted(range(len(rows.encoded)), key=lambda i: _length(rows.encoded[i]))
+    order = numpy.argsort(rows.sizes(), kind="stable").tolist()
     size = trainer.args.per_device_eval_batch_size
     for start in range(0, len(order), size):
         part = order[start : start + size]
-        batch = trainer.data_collator([rows.encoded[i] for i in part])
+        batch = trainer.data_collator([rows.encoded(i) for i in part])
         yield part, {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
 
 
@@ -78,7 +75,7 @@ def _rows(trainer: Trainer, rows: Rows) -> HeldOut:
         loss, logps = trl_seam.loss_and_logps(trainer, batch)
         losses.append(loss.item() * len(part))
         parts.append((part, -masked_mean(logps.float(), batch["labels"][:, 1:] != -100)[None]))
-    return HeldOut(sum(losses) / len(rows.encoded), RowScores(*_in_order(parts)), None)
+    return HeldOut(sum(losses) / len(rows), RowScores(*_in_order(parts)), None)
 
 
 def _reference(trainer: Trainer, rows: Rows) -> list[list[float]]:
@@ -107,12 +104,12 @@ def _pairs(trainer: Trainer, recipe: Recipe, rows: Rows, reference: list[list[fl
             assert recipe.orpo is not None
             rewards = recipe.orpo.beta * means
         parts.append((part, torch.stack([*rewards.chunk(2), *means.chunk(2)])))
-    return HeldOut(sum(losses) / len(rows.encoded), PairScores(*_in_order(parts)), reference)
+    return HeldOut(sum(losses) / len(rows), PairScores(*_in_order(parts)), reference)
 
 
 def answers(trainer: Trainer, recipe: Recipe, encoder: Encoder, rows: Rows) -> list[Answer]:
     """Answers to the first `evaluation.samples` held-out prompts."""
-    prompts = [encoder.prompt_ids(prompt(row)) for row in rows.canonical[: recipe.evaluation.samples]]
+    prompts = [encoder.prompt_ids(prompt(row)) for row in asked(rows, recipe.evaluation.samples)]
     with trainer.accelerator.autocast():
         return generation.answer(
             trainer.accelerator.unwrap_model(trainer.model),
@@ -122,6 +119,12 @@ def answers(trainer: Trainer, recipe: Recipe, encoder: Encoder, rows: Rows) -> l
             recipe.evaluation.max_new_tokens,
             batch_size=32,
         )
+
+
+def asked(rows: Rows, samples: int) -> list[dict[str, list[dict[str, str]]]]:
+    """The first held-out rows that ask something; plain text does not."""
+    given = (rows.canonical(i) for i in range(len(rows)))
+    return list(islice((row for row in given if "text" not in row), samples))
 
 
 def prompt(row: dict[str, list[dict[str, str]]]) -> list[dict[str, str]]:

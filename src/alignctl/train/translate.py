@@ -1,0 +1,81 @@
+"""Errors of the libraries that a user can mend, in our words. They are translated here and nowhere else."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError
+
+from alignctl.errors import AlignctlError, MachineError, Problem, RecipeError
+from alignctl.rundir import RunDir
+
+
+@contextlib.contextmanager
+def refused() -> Iterator[None]:
+    """What transformers, PEFT and TRL refuse to build is a mistake in the recipe, and their words say which."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        what = " ".join(str(error).split())
+        if isinstance(error, OSError) and (error.errno is not None or "huggingface.co" in what):
+            raise
+        raise RecipeError(Problem("model", what, "change the recipe accordingly")) from error
+
+
+@contextlib.contextmanager
+def translated(run: RunDir | None = None) -> Iterator[None]:
+    """Turn foreign errors that a user can mend into ours; the rest is a bug and stays what it is."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MachineError(
+            Problem(
+                "memory",
+                str(error).splitlines()[0].strip(),
+                "in order of least harm: training.gradient_checkpointing=true, a smaller "
+                "training.per_device_train_batch_size with more gradient_accumulation_steps, a `quantization:` "
+                "section, a smaller data.max_length",
+            )
+        ) from error
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError) as error:
+        raise _no_model(error) from error
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if _disk_full(error):
+            raise MachineError(_full(run)) from error
+        if "huggingface.co" in str(error) or "is not a local folder" in str(error):
+            raise _no_model(error) from error
+        raise
+
+
+def _full(run: RunDir | None) -> Problem:
+    if run is None:
+        return Problem("disk", "is full", "free space, then run again")
+    last = run.checkpoints()
+    kept = f"the last whole checkpoint is {last[-1].name}" if last else "no checkpoint had been written"
+    return Problem(str(run.path), f"the disk is full; {kept}", "free space, then run again with --resume")
+
+
+def _no_model(error: Exception) -> AlignctlError:
+    return MachineError(
+        Problem(
+            "model.name_or_path",
+            f"the hub has no such model, or cannot be reached ({type(error).__name__})",
+            "check the name and the network, log in for a gated model, or give a local folder; "
+            "--smoke needs no network",
+        )
+    )
+
+
+_FULL = ("No space left", "File too large", "Disk quota", "PytorchStreamWriter failed", "inline_container")
+
+
+def _disk_full(error: BaseException) -> bool:
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError) and error.errno in codes:
+        return True
+    said = str(error)
+    return any(sign in said for sign in _FULL)
