@@ -11,7 +11,7 @@ SRC = Path(__file__).parents[1] / "src" / "alignctl"
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "numpy"}
 LAYERS = [  # a room may import only rooms of the lines above its own
     {"errors"},
-    {"recipe", "formats", "rundir", "quiet"},
+    {"recipe", "formats", "rundir", "quiet", "terminal"},
     {"evaluate"},
     {"train"},
     {"cli"},

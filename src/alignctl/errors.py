@@ -34,7 +34,10 @@ class AlignctlError(Exception):
 
     def __init__(self, *problems: Problem) -> None:
         self.problems = problems
-        super().__init__("\n".join(map(str, problems)))
+        super().__init__(*problems)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.problems))
 
 
 class RecipeError(AlignctlError):

@@ -220,7 +220,7 @@ HH: dict[str, tuple[dict[str, Any], Canonical]] = {
         },
     ),
     "a transcript as prompt, up to the question": (
-        {"prompt": "Human: Is tea a herb?", "chosen": "A shrub.", "rejected": "A fish."},
+        {"prompt": "\n\nHuman: Is tea a herb?", "chosen": "A shrub.", "rejected": "A fish."},
         {
             "prompt": [user("Is tea a herb?")],
             "chosen": [assistant("A shrub.")],
@@ -305,7 +305,7 @@ DROPPED: dict[str, tuple[dict[str, Any], str]] = {
         "the last turn is not the assistant's",
     ),
     "a transcript in which nobody answers": (
-        {"chosen": "Human: Tea?", "rejected": "Human: Tea?\n\nAssistant: No."},
+        {"chosen": "\n\nHuman: Tea?", "rejected": "\n\nHuman: Tea?\n\nAssistant: No."},
         "the last turn is not the assistant's",
     ),
 }
@@ -327,7 +327,6 @@ def test_the_chosen_answer_ends_the_dialogue() -> None:
 WHOLE = {"chosen": "Human: Tea?\n\nAssistant: Yes.", "rejected": "Human: Tea?\n\nAssistant: No."}
 
 
-@pytest.mark.xfail(strict=True, reason="the answers keep the whole transcript, question and speakers included")
 @pytest.mark.parametrize("prompt", ["Human: Tea?\n\nAssistant:", "Tea?"], ids=["a transcript", "a string"])
 def test_whole_transcripts_beside_a_prompt_do_not_become_answers(prompt: str) -> None:
     row = {"prompt": prompt, **WHOLE}
@@ -338,7 +337,6 @@ def test_whole_transcripts_beside_a_prompt_do_not_become_answers(prompt: str) ->
     assert read == {"prompt": [user("Tea?")], "chosen": [assistant("Yes.")], "rejected": [assistant("No.")]}
 
 
-@pytest.mark.xfail(strict=True, reason="any text that begins with “Human:” is taken for a transcript, by `read` too")
 def test_a_prompt_that_begins_with_the_word_human_is_no_transcript() -> None:
     row = {"prompt": "Human: a word with what roots?", "chosen": "Latin.", "rejected": "Norse."}
     shape = formats.named("prompt-chosen-rejected")

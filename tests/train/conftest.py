@@ -93,13 +93,21 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def data_recipe() -> Callable[..., Recipe]:
-    """A recipe for `method` whose `data` section reads `train`."""
+    """A recipe for `method` whose `data` section reads `train`, and whatever `more` sources there are."""
 
-    def build(method: str, train: Path, seed: int = 42, source: dict[str, Any] | None = None, **data: Any) -> Recipe:
+    def build(
+        method: str,
+        train: Path,
+        source: dict[str, Any] | None = None,
+        *,
+        seed: int = 42,
+        more: Iterable[dict[str, Any]] = (),
+        **data: Any,
+    ) -> Recipe:
         return Recipe.model_validate(
             {
                 "model": {"name_or_path": "nobody/nothing"},
-                "data": {"train": [{"path": str(train), **(source or {})}], **data},
+                "data": {"train": [{"path": str(train), **(source or {})}, *more], **data},
                 "training": {"learning_rate": 1e-4, "seed": seed},
                 method: {},
             }

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
 from alignctl.errors import DataError
 from alignctl.recipe.schema import Recipe
-from alignctl.train import data
-from alignctl.train.data import Ledger, Rows
+from alignctl.train import data, encode
+from alignctl.train.data import Ids, Rows
+from alignctl.train.ledger import Places
 from alignctl.train.tokens import Encoder
 
 MakeRecipe = Callable[..., Recipe]
@@ -21,13 +23,8 @@ WriteRows = Callable[..., Path]
 Row = dict[str, Any]
 
 
-@pytest.fixture(scope="session")
-def encoder(make_encoder: Callable[[str, str], Encoder]) -> Encoder:
-    return make_encoder("mistral", "chatml")
-
-
-def pair(prompt: str, chosen: str = "Leaves.", rejected: str = "Stones.") -> Row:
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+def pair(prompt: str, chosen: str = "Leaves.", rejected: str = "Stones.", **more: Any) -> Row:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}
 
 
 def chat(*turns: tuple[str, str]) -> Row:
@@ -96,7 +93,21 @@ def evaluation(write_rows: WriteRows, rows: list[Row]) -> list[Row]:
 def prompts(rows: Rows | None) -> list[str]:
     """The last question of every row."""
     assert rows is not None
-    return [row["prompt"][-1]["content"] for row in rows.canonical]
+    return [row["prompt"][-1]["content"] for row in canonical(rows)]
+
+
+def canonical(rows: Rows) -> list[Row]:
+    return [rows.canonical(i) for i in range(len(rows))]
+
+
+def encoded(rows: Rows) -> list[Ids]:
+    return [rows.encoded(i) for i in range(len(rows))]
+
+
+def firsts(reasons: dict[str, Places]) -> dict[str, list[str]]:
+    """The rows of each reason, of which there are three at most."""
+    assert all(places.rows == len(places.first) for places in reasons.values())
+    return {reason: places.first for reason, places in reasons.items()}
 
 
 def refused(recipe: Recipe, encoder: Encoder) -> str:
@@ -130,133 +141,119 @@ def test_the_ledger_adds_up(
     held = evaluation(write_rows, [held_out])
     recipe = data_recipe(method, write_rows(rows), eval=held, max_length=300, max_dropped=1.0)
     train, evaluated = data.prepare(recipe, encoder)
-    assert train.ledger.dropped == places
+    assert firsts(train.ledger.dropped) == places
     assert (train.ledger.rows, train.ledger.kept, train.ledger.lost) == (len(rows), kept, len(places))
     assert train.ledger.rows == train.ledger.kept + train.ledger.lost
-    assert len(train.canonical) == len(train.encoded) == kept
+    assert len(train) == train.dataset().num_rows == kept
     assert evaluated is not None
     assert (evaluated.ledger.rows, evaluated.ledger.kept, evaluated.ledger.lost) == (1, 1, 0)
-
-
-def test_places_in_the_summary_are_the_first_three() -> None:
-    ledger = Ledger(rows=6, kept=1)
-    ledger.dropped["empty answer"].append("a:1")
-    ledger.dropped["longer than max_length"] += ["a:2", "a:3", "b:1", "b:2"]
-    ledger.formats["messages"] = 6
-    assert ledger.summary() == {
-        "rows": 6,
-        "kept": 1,
-        "dropped": {
-            "longer than max_length": {"rows": 4, "first": ["a:2", "a:3", "b:1"]},
-            "empty answer": {"rows": 1, "first": ["a:1"]},
-        },
-        "formats": {"messages": 6},
-    }
-    assert list(ledger.summary()["dropped"]) == ["longer than max_length", "empty answer"]
 
 
 def test_every_source_is_read_in_its_own_format(
     encoder: Encoder, write_rows: WriteRows, data_recipe: MakeRecipe
 ) -> None:
     first, second = write_rows([pair("Tea?"), pair("Milk?")], "a.jsonl"), write_rows([FAULTY_PAIRS[0]], "b.jsonl")
-    recipe = data_recipe("dpo", first)
-    both = [*recipe.data.train, recipe.data.train[0].model_copy(update={"path": str(second), "take": 1})]
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": both})})
+    recipe = data_recipe("dpo", first, more=[{"path": str(second), "take": 1}])
     train, held_out = data.prepare(recipe, encoder)
     assert train.ledger.formats == {
         "prompt, chosen and rejected as strings": 2,
-        "chosen and rejected as messages": 1,
+        "chosen and rejected as lists of messages": 1,
     }
-    assert prompts(train) == ["Tea?", "Milk?", "Tea?"]
+    assert sorted(prompts(train)) == ["Milk?", "Tea?", "Tea?"]
+    assert [(part["format"], part["rows"]) for part in train.summary()["sources"]] == [
+        ("prompt-chosen-rejected", 2),
+        ("conversational", 1),
+    ]
     assert held_out is None
 
 
-# --- too many dropped ---
+# --- several sources ---
 
 
-def test_too_many_dropped_rows_stop_the_run(encoder: Encoder, write_rows: WriteRows, data_recipe: MakeRecipe) -> None:
-    rows = [pair("Tea?")] * 4
-    rows += [pair("Empty?", chosen="")] * 4
-    rows += [pair("Equal?", rejected="Leaves.")] * 3
-    rows += [pair("Stop?", chosen="a<|im_end|>b")] * 2
-    rows += [pair("Long?", chosen="Leaves. " * 60)]
-    said = refused(data_recipe("dpo", write_rows(rows), max_length=300), encoder)
-    assert said == (
-        "data.train: 10 of 14 rows would be dropped, more than data.max_dropped (5%): "
-        "empty answer: 4 (first: rows.jsonl:5, rows.jsonl:6, rows.jsonl:7); "
-        "chosen equals rejected: 3 (first: rows.jsonl:9, rows.jsonl:10, rows.jsonl:11); "
-        "stop token inside the answer: 2 (first: rows.jsonl:12, rows.jsonl:13)"
-        " — mend the rows, or raise data.max_length or data.max_dropped"
-    )
+def named(letter: str, count: int) -> list[Row]:
+    return [pair(f"{letter} {i}?") for i in range(count)]
 
 
-@pytest.mark.parametrize(("share", "stops"), [(0.5, False), (0.49, True), (0.0, True), (1.0, False)])
-def test_the_share_that_may_be_dropped(
-    encoder: Encoder, write_rows: WriteRows, data_recipe: MakeRecipe, share: float, stops: bool
-) -> None:
-    recipe = data_recipe("dpo", write_rows([pair("Tea?"), pair("Empty?", chosen="")]), max_dropped=share)
-    if stops:
-        assert "1 of 2 rows would be dropped" in refused(recipe, encoder)
-    else:
-        assert data.prepare(recipe, encoder)[0].ledger.lost == 1
+def mixed(
+    write_rows: WriteRows, data_recipe: MakeRecipe, parts: dict[str, tuple[int, float | None]], **more: Any
+) -> Recipe:
+    """A recipe with one source for each of `parts`: how many rows, and their weight."""
+    given = [
+        {"path": str(write_rows(named(letter, count), f"{letter}.jsonl")), "weight": weight}
+        for letter, (count, weight) in parts.items()
+    ]
+    return data_recipe("dpo", given[0]["path"], {"weight": given[0]["weight"]}, more=given[1:], **more)
 
 
-def test_dropped_held_out_rows_stop_the_run_too(
+def test_one_source_stays_in_order(encoder: Encoder, write_rows: WriteRows, data_recipe: MakeRecipe) -> None:
+    for weight in (None, 0.3):
+        recipe = mixed(write_rows, data_recipe, {"a": (600, weight)})
+        assert prompts(data.prepare(recipe, encoder)[0]) == [f"a {i}?" for i in range(600)]
+
+
+def test_several_sources_are_shuffled_by_the_seed(
     encoder: Encoder, write_rows: WriteRows, data_recipe: MakeRecipe
 ) -> None:
-    held = evaluation(write_rows, [pair("Milk?"), pair("Empty?", rejected="")])
-    said = refused(data_recipe("dpo", write_rows([pair("Tea?")]), eval=held), encoder)
-    assert said.startswith("data.eval: 1 of 2 rows would be dropped")
-    assert "empty answer: 1 (first: eval.jsonl:2)" in said
-
-
-def test_no_row_left_stops_the_run(encoder: Encoder, write_rows: WriteRows, data_recipe: MakeRecipe) -> None:
-    recipe = data_recipe("dpo", write_rows([pair("Empty?", chosen="")]), max_dropped=1.0)
-    assert refused(recipe, encoder) == (
-        "data.train: 1 of 1 rows would be dropped, so none is left: empty answer: 1 (first: rows.jsonl:1)"
-        " — mend the rows, or raise data.max_length or data.max_dropped"
+    parts: dict[str, tuple[int, float | None]] = {"a": (30, None), "b": (20, None)}
+    one, again, other = (
+        prompts(data.prepare(mixed(write_rows, data_recipe, parts, seed=seed), encoder)[0]) for seed in (1, 1, 2)
     )
+    assert one == again != other
+    assert (
+        sorted(one)
+        == sorted(other)
+        == sorted(row["prompt"] for part in ("a", "b") for row in named(part, parts[part][0]))
+    )
+    assert {prompt[0] for prompt in one[:15]} == {"a", "b"}
 
 
-# --- overlong rows ---
+WEIGHTS = [
+    ({"a": (40, 0.5), "b": (10, 0.5)}, {"a": 10, "b": 10}),
+    ({"a": (40, 3.0), "b": (10, 1.0)}, {"a": 30, "b": 10}),
+    ({"a": (40, 1.0), "b": (10, 3.0)}, {"a": 3, "b": 10}),
+    ({"a": (10, 0.7), "b": (20, 0.2), "c": (20, 0.1)}, {"a": 10, "b": 3, "c": 1}),
+    ({"a": (5, 1.0), "b": (5, 1.0)}, {"a": 5, "b": 5}),
+]
 
 
-def overlong(write_rows: WriteRows, count: int) -> Path:
-    return write_rows([pair("Tea?")] * 60 + [pair("Long?", chosen="Leaves. " * 60)] * count)
-
-
-def test_overlong_rows_are_dropped(encoder: Encoder, write_rows: WriteRows, data_recipe: MakeRecipe) -> None:
-    train, _ = data.prepare(data_recipe("dpo", overlong(write_rows, 2), max_length=300), encoder)
-    assert train.ledger.dropped == {"longer than max_length": ["rows.jsonl:61", "rows.jsonl:62"]}
-
-
-@pytest.mark.parametrize(
-    ("count", "first"),
-    [
-        (1, "rows.jsonl:61"),
-        (3, "rows.jsonl:61, rows.jsonl:62, rows.jsonl:63"),
-        (4, "rows.jsonl:61, rows.jsonl:62, rows.jsonl:63"),
-    ],
-)
-def test_overlong_rows_are_an_error(
-    encoder: Encoder, write_rows: WriteRows, data_recipe: MakeRecipe, count: int, first: str
+@pytest.mark.parametrize(("parts", "expected"), WEIGHTS)
+def test_weights_are_kept_and_no_row_comes_twice(
+    encoder: Encoder,
+    write_rows: WriteRows,
+    data_recipe: MakeRecipe,
+    parts: dict[str, tuple[int, float | None]],
+    expected: dict[str, int],
 ) -> None:
-    recipe = data_recipe("dpo", overlong(write_rows, count), max_length=300, overlong="error")
-    assert refused(recipe, encoder) == (
-        f"data.train: rows longer than 300 tokens: {count} (first: {first})"
-        " — raise data.max_length, or data.overlong=drop"
-    )
+    train, _ = data.prepare(mixed(write_rows, data_recipe, parts), encoder)
+    found = prompts(train)
+    assert len(set(found)) == len(found)
+    assert Counter(prompt[0] for prompt in found) == expected
+    assert train.ledger.rows == sum(count for count, _ in parts.values())
+    assert train.ledger.kept == len(train) == sum(expected.values())
+    beyond = {"more than the source's weight": Places(train.ledger.rows - len(train), [])}
+    assert train.ledger.aside == (beyond if train.ledger.rows > len(train) else {})
 
 
-def test_overlong_held_out_rows_are_an_error(encoder: Encoder, write_rows: WriteRows, data_recipe: MakeRecipe) -> None:
-    held = evaluation(write_rows, [pair("Long?", chosen="Leaves. " * 60)])
-    recipe = data_recipe("dpo", write_rows([pair("Tea?")]), eval=held, max_length=300, overlong="error")
-    assert refused(recipe, encoder).startswith("data.eval: rows longer than 300 tokens: 1 (first: eval.jsonl:1) — ")
+def test_the_seed_picks_the_rows_of_a_weight(encoder: Encoder, write_rows: WriteRows, data_recipe: MakeRecipe) -> None:
+    parts: dict[str, tuple[int, float | None]] = {"a": (40, 0.5), "b": (10, 0.5)}
+    found = [
+        {p for p in prompts(data.prepare(mixed(write_rows, data_recipe, parts, seed=seed), encoder)[0]) if p[0] == "a"}
+        for seed in range(3)
+    ]
+    assert len(set(map(frozenset, found))) == 3
+    assert found[0] != {f"a {i}?" for i in range(10)}
 
 
-def test_no_overlong_row_is_no_error(encoder: Encoder, write_rows: WriteRows, data_recipe: MakeRecipe) -> None:
-    recipe = data_recipe("dpo", overlong(write_rows, 0), max_length=300, overlong="error")
-    assert data.prepare(recipe, encoder)[0].ledger.kept == 60
+def test_a_mix_is_split_by_prompt(encoder: Encoder, write_rows: WriteRows, data_recipe: MakeRecipe) -> None:
+    recipe = mixed(write_rows, data_recipe, {"a": (40, 0.5), "b": (10, 0.5)}, eval_fraction=0.2)
+    train, held_out = data.prepare(recipe, encoder)
+    assert held_out is not None
+    assert (len(train), len(held_out)) == (16, 4)
+    assert {reason: places.rows for reason, places in train.ledger.aside.items()} == {
+        "more than the source's weight": 30,
+        "held out by data.eval_fraction": 4,
+    }
+    assert (held_out.ledger.rows, held_out.ledger.kept) == (4, 4)
 
 
 # --- training rows and held-out rows ---
@@ -287,7 +284,7 @@ def test_the_seed_decides_who_is_held_out(encoder: Encoder, write_rows: WriteRow
         recipe = data_recipe("dpo", path, seed=seed, eval_fraction=0.3)
         return {normal(p) for p in prompts(data.prepare(recipe, encoder)[1])}
 
-    assert held(path, 1) == held(turned, 1) == {"which tea 6?", "which tea 8?", "which tea 9?"}
+    assert held(path, 1) == held(turned, 1)
     assert len({frozenset(held(path, seed)) for seed in range(5)}) > 1
 
 
@@ -297,7 +294,7 @@ def test_dialogues_are_split_by_what_the_user_says(
     rows = [chat(("user", f"Tea {i}?"), ("assistant", f"{answer}.")) for i in range(6) for answer in ("Leaf", "Bag")]
     train, held_out = data.prepare(data_recipe("sft", write_rows(rows), eval_fraction=0.5), encoder)
     assert held_out is not None
-    sides = [{row["messages"][0]["content"] for row in side.canonical} for side in (train, held_out)]
+    sides = [{row["messages"][0]["content"] for row in canonical(side)} for side in (train, held_out)]
     assert not sides[0] & sides[1]
     assert [len(side) for side in sides] == [3, 3]
 
@@ -316,21 +313,13 @@ def test_training_rows_with_a_held_out_prompt_are_dropped(
     held = evaluation(write_rows, [pair("Is TEA\n hot?", chosen="Yes.", rejected="No.")])
     rows = [pair("is tea hot?"), pair("Is tea cold?"), pair("Is tea hot?")]
     train, held_out = data.prepare(data_recipe("dpo", write_rows(rows), eval=held, max_dropped=0.7), encoder)
-    assert train.ledger.dropped == {"prompt is in the held-out rows": ["rows.jsonl:1", "rows.jsonl:3"]}
+    assert firsts(train.ledger.dropped) == {"prompt is in the held-out rows": ["rows.jsonl:1", "rows.jsonl:3"]}
     assert prompts(train) == ["Is tea cold?"]
     assert prompts(held_out) == ["Is TEA\n hot?"]
 
 
-def test_a_held_out_row_that_is_dropped_still_holds_its_prompt(
-    encoder: Encoder, write_rows: WriteRows, data_recipe: MakeRecipe
-) -> None:
-    held = evaluation(write_rows, [pair("Tea?", chosen=""), pair("Milk?")])
-    recipe = data_recipe("dpo", write_rows([pair("Tea?"), pair("Coffee?")]), eval=held, max_dropped=0.5)
-    assert prompts(data.prepare(recipe, encoder)[0]) == ["Coffee?"]
-
-
 @pytest.mark.parametrize(
-    ("row", "key"),
+    ("row", "text"),
     [
         ({"prompt": [{"role": "user", "content": " Is\tTea  hot?\n"}]}, "is tea hot?"),
         (
@@ -345,77 +334,11 @@ def test_a_held_out_row_that_is_dropped_still_holds_its_prompt(
             "be short. tea? leaves. hot?",
         ),
         (chat(("system", "Be Short."), ("user", "Tea?"), ("assistant", "Leaves.")), "be short. tea?"),
+        ({"text": " Tea\n is HOT."}, "tea is hot."),
     ],
 )
-def test_prompt_key(row: Row, key: str) -> None:
-    assert data.prompt_key(row) == key
-
-
-# --- formats ---
-
-
-def test_the_chosen_answers_become_rows_for_sft(
-    encoder: Encoder, write_rows: WriteRows, data_recipe: MakeRecipe
-) -> None:
-    rows = [pair("Tea?"), {**pair("Coffee?", chosen="Beans."), "system": "Be short."}]
-    path = write_rows(rows)
-    train, _ = data.prepare(data_recipe("sft", path, source={"answer": "chosen"}), encoder)
-    expected = [
-        chat(("user", "Tea?"), ("assistant", "Leaves.")),
-        chat(("system", "Be short."), ("user", "Coffee?"), ("assistant", "Beans.")),
-    ]
-    assert train.canonical == expected
-    assert train.ledger.formats == {"prompt, chosen and rejected as strings": 2}
-    same, _ = data.prepare(data_recipe("sft", write_rows(expected, "messages.jsonl")), encoder)
-    assert train.encoded == same.encoded
-
-
-def test_a_preference_file_for_sft_names_the_way_out(
-    encoder: Encoder, write_rows: WriteRows, data_recipe: MakeRecipe
-) -> None:
-    said = refused(data_recipe("sft", write_rows([pair("Tea?")])), encoder)
-    assert said == (
-        "rows.jsonl:1: columns are `prompt` (a string), `chosen` (a string), `rejected` (a string), "
-        "expected “messages” or “prompt and completion” — rename the columns; for a preference set, `answer: chosen`"
-    )
-
-
-SECOND_SHAPES: dict[str, tuple[str, list[Row], str]] = {
-    "lists among strings": (
-        "dpo",
-        [pair("Tea?"), FAULTY_PAIRS[0]],
-        "rows.jsonl:2: `prompt` is missing, expected a string — "
-        "the first row has the format “prompt, chosen and rejected as strings”; mend or remove this one",
-    ),
-    "strings among lists": (
-        "orpo",
-        [FAULTY_PAIRS[0], FAULTY_PAIRS[0], pair("Tea?")],
-        "rows.jsonl:3: `chosen` is a string, expected a list of messages — "
-        "the first row has the format “chosen and rejected as messages”; mend or remove this one",
-    ),
-    "completion among messages": (
-        "sft",
-        [FAULTY_CHATS[0], {"prompt": "Tea?", "completion": "Leaves."}],
-        "rows.jsonl:2: `messages` is missing, expected a list of messages — "
-        "the first row has the format “messages”; mend or remove this one",
-    ),
-}
-
-
-@pytest.mark.parametrize(("method", "rows", "message"), SECOND_SHAPES.values(), ids=SECOND_SHAPES.keys())
-def test_a_second_shape_in_a_file_names_its_row(
-    encoder: Encoder, write_rows: WriteRows, data_recipe: MakeRecipe, method: str, rows: list[Row], message: str
-) -> None:
-    assert refused(data_recipe(method, write_rows(rows)), encoder) == message
-
-
-def test_text_that_is_no_unicode_names_its_row(
-    encoder: Encoder, write_rows: WriteRows, data_recipe: MakeRecipe
-) -> None:
-    """JSON can hold half an emoji, where somebody cut a text by its UTF-16 units."""
-    recipe = data_recipe("dpo", write_rows([pair("Tea?"), pair("Milk?", chosen="Cows \ud83d")]), max_dropped=0.5)
-    said = refused(recipe, encoder)
-    assert said.startswith("rows.jsonl:2: `chosen` is no text: character 6 is half of a surrogate pair — ")
+def test_the_prompt_of_a_row(row: Row, text: str) -> None:
+    assert encode.prompt_text(row) == text
 
 
 # --- what goes on to training, and into ledger.json ---
@@ -446,35 +369,48 @@ def test_the_fingerprint_ignores_rows_that_are_dropped(
     assert more["dropped"] == {"empty answer": {"rows": 1, "first": ["b.jsonl:2"]}}
 
 
-def ids(count: int) -> list[int]:
-    return list(range(count))
+def test_the_fingerprint_changes_with_the_order(
+    encoder: Encoder, write_rows: WriteRows, data_recipe: MakeRecipe
+) -> None:
+    rows = [pair("Tea?"), pair("Coffee?"), pair("Milk?")]
+    found = [
+        summary(data_recipe("dpo", write_rows(order, f"{i}.jsonl")), encoder)["fingerprint"]
+        for i, order in enumerate((rows, rows[::-1], [*rows[1:], rows[0]], rows[:2]))
+    ]
+    assert len(set(found)) == 4
 
 
-def test_the_summary_of_pairs() -> None:
-    encoded = [{"prompt_ids": ids(2 * n), "chosen_ids": ids(n), "rejected_ids": ids(3)} for n in range(1, 102)]
-    said = Rows([{}] * 101, encoded, Ledger(rows=101, kept=101)).summary()
+def test_the_summary_of_pairs(encoder: Encoder, write_rows: WriteRows, data_recipe: MakeRecipe) -> None:
+    given = [pair("Tea? " * (i % 7 + 1), "Leaves. " * (i * i % 23 + 1), "Stones. " * (i % 5 + 1)) for i in range(41)]
+    train, _ = data.prepare(data_recipe("dpo", write_rows(given)), encoder)
+    said = json.loads(json.dumps(train.summary()))
+    rows = encoded(train)
+    lengths = {name: [len(row[f"{name}_ids"]) for row in rows] for name in ("prompt", "chosen", "rejected")}
     assert said["tokens"] == {
-        "prompt": {"p5": 12, "p50": 102, "p95": 192, "p100": 202},
-        "chosen": {"p5": 6, "p50": 51, "p95": 96, "p100": 101},
-        "rejected": {"p5": 3, "p50": 3, "p95": 3, "p100": 3},
+        name: {f"p{p}": int(numpy.percentile(values, p)) for p in (5, 50, 95, 99, 100)}
+        for name, values in lengths.items()
     }
-    assert said["supervised_share"] == round((5151 + 303) / (3 * 5151 + 303), 4)
-    assert (said["rows"], said["kept"], said["dropped"]) == (101, 101, {})
+    answers = sum(lengths["chosen"]) + sum(lengths["rejected"])
+    assert said["supervised_share"] == round(answers / (answers + sum(lengths["prompt"])), 4)
+    longer = [a > b for a, b in zip(lengths["chosen"], lengths["rejected"], strict=True)]
+    assert said["chosen_longer"] == round(sum(longer) / len(longer), 4)
+    assert (said["rows"], said["kept"], said["dropped"], said["set_aside"], said["cut"]) == (41, 41, {}, {}, {})
+    assert said["sources"][0]["cache"].startswith("miss ")
+    assert train.sizes().tolist() == [sum(map(len, row.values())) for row in rows]
+    assert train.sizes()[train.longest()] == max(train.sizes())
 
 
-def test_the_summary_of_dialogues() -> None:
-    encoded = [{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, -100, 4]}, {"input_ids": [5], "labels": [5]}]
-    said = Rows([{}] * 2, encoded, Ledger(rows=2, kept=2)).summary()
-    assert list(said["tokens"]) == ["input"]
-    assert said["tokens"]["input"]["p100"] == 4
-    assert said["supervised_share"] == 0.4
-    assert said["fingerprint"] == hashlib.sha256(json.dumps(encoded).encode()).hexdigest()
-
-
-def test_the_summary_of_no_rows() -> None:
-    ledger = Ledger(rows=1)
-    ledger.dropped["empty answer"].append("a:1")
-    assert Rows([], [], ledger).summary() == ledger.summary()
+def test_the_summary_of_dialogues(encoder: Encoder, write_rows: WriteRows, data_recipe: MakeRecipe) -> None:
+    given = [chat(*(("user", "Tea?"), ("assistant", "Leaves. " * i)) * 2) for i in range(1, 20)]
+    train, _ = data.prepare(data_recipe("sft", write_rows(given)), encoder)
+    said = json.loads(json.dumps(train.summary()))
+    rows = encoded(train)
+    lengths = [len(row["input_ids"]) for row in rows]
+    assert said["tokens"] == {"input": {f"p{p}": int(numpy.percentile(lengths, p)) for p in (5, 50, 95, 99, 100)}}
+    labelled = sum(label != -100 for row in rows for label in row["labels"])
+    assert said["supervised_share"] == round(labelled / sum(lengths), 4)
+    assert train.sizes().tolist() == lengths
+    assert "ties" not in said
 
 
 @pytest.mark.parametrize(
@@ -482,12 +418,15 @@ def test_the_summary_of_no_rows() -> None:
     [
         ("dpo", pair("Tea?"), ["chosen_ids", "prompt_ids", "rejected_ids"]),
         ("sft", FAULTY_CHATS[0], ["input_ids", "labels"]),
+        ("sft", {"text": "Tea is hot."}, ["input_ids", "labels"]),
     ],
 )
 def test_the_data_set_holds_the_ids(
     encoder: Encoder, write_rows: WriteRows, data_recipe: MakeRecipe, method: str, row: Row, columns: list[str]
 ) -> None:
-    train, _ = data.prepare(data_recipe(method, write_rows([row])), encoder)
+    paths = [write_rows([row] * 3 + [row | {"text": "Milk.", "prompt": "Milk?"}], f"{i}.jsonl") for i in range(2)]
+    train, _ = data.prepare(data_recipe(method, paths[0], more=[{"path": str(paths[1])}]), encoder)
     found = train.dataset()
     assert sorted(found.column_names) == columns
-    assert found.to_list() == train.encoded
+    assert len(train) == 8
+    assert found.to_list() == encoded(train) == [found[i] for i in range(8)]

@@ -6,7 +6,8 @@ import io
 
 import pytest
 
-from alignctl.train.display import Display, harmless
+from alignctl.terminal import harmless
+from alignctl.train.display import Display
 
 
 @pytest.fixture

@@ -1,21 +1,28 @@
-"""An encoder is a tokenizer with a template: what is found out about the two, and the text that they make."""
+"""What is found out about a tokenizer and a template, the text that they make; and what is said of a source's shape."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from alignctl.errors import RecipeError
+from alignctl.errors import DataError, RecipeError
 from alignctl.formats import Dropped, Message
 from alignctl.formats.rows import assistant, user
 from alignctl.recipe import catalog
-from alignctl.train import tokens
+from alignctl.recipe.schema import Recipe
+from alignctl.train import cache, data, tokens
+from alignctl.train.data import Rows
 from alignctl.train.tokens import Encoder, Ids, Limit
 
 MakeTokenizer = Callable[[str], PreTrainedTokenizerBase]
 MakeEncoder = Callable[[str, str], Encoder]
+MakeRecipe = Callable[..., Recipe]
+WriteRows = Callable[..., Path]
+Row = dict[str, Any]
 
 FAMILIES = ("phi-2", "mistral", "smollm", "qwen2")
 TEMPLATES = ("alpaca", "chatml", "instruct", "mistral-instruct", "zephyr")
@@ -280,3 +287,127 @@ def test_empty_plain_text(make_encoder: MakeEncoder, text: str) -> None:
     encoder = make_encoder("mistral", "zephyr")
     with pytest.raises(Dropped, match=r"^empty text$"):
         tokens.encode_one(encoder, tokens.dialogue(encoder, {"text": text}, Limit(1024)))
+
+
+# --- the shape of a source ---
+
+PAIR = {"prompt": "Tea?", "chosen": "Leaves.", "rejected": "Stones."}
+CHAT = {"messages": [user("Tea?"), assistant("Leaves.")]}
+TURNED = {side: [user("Tea?"), assistant(PAIR[side])] for side in ("chosen", "rejected")}
+
+
+def prompts(rows: Rows) -> list[str]:
+    """The last question of every row."""
+    return [rows.canonical(i)["prompt"][-1]["content"] for i in range(len(rows))]
+
+
+def refused(recipe: Recipe, encoder: Encoder) -> str:
+    with pytest.raises(DataError) as error:
+        data.prepare(recipe, encoder)
+    return str(error.value)
+
+
+def test_a_preference_file_for_sft_names_the_way_out(
+    encoder: Encoder, write_rows: WriteRows, data_recipe: MakeRecipe
+) -> None:
+    said = refused(data_recipe("sft", write_rows([PAIR])), encoder)
+    assert said.startswith(
+        "rows.jsonl:1: columns are `prompt` (a string), `chosen` (a string), `rejected` (a string), "
+    )
+    assert said.endswith("or the shape with `format:`; for a preference set, `answer: chosen`")
+    assert refused(data_recipe("dpo", write_rows([{"tea": 1}])), encoder).endswith("or the shape with `format:`")
+
+
+STRINGS, LISTS = "prompt, chosen and rejected as strings", "chosen and rejected as lists of messages"
+SECOND_SHAPES: dict[str, tuple[str, list[Row], str, str]] = {
+    "lists among strings": ("dpo", [PAIR, TURNED], STRINGS, LISTS),
+    "strings among lists": ("orpo", [TURNED, PAIR], LISTS, STRINGS),
+    "completion among messages": (
+        "sft",
+        [CHAT, {"prompt": "a", "completion": "b"}],
+        "messages",
+        "prompt and completion",
+    ),
+}
+
+
+@pytest.mark.parametrize(("method", "rows", "first", "other"), SECOND_SHAPES.values(), ids=SECOND_SHAPES.keys())
+def test_a_second_shape_in_a_file_names_its_row(
+    encoder: Encoder,
+    write_rows: WriteRows,
+    data_recipe: MakeRecipe,
+    method: str,
+    rows: list[Row],
+    first: str,
+    other: str,
+) -> None:
+    said = refused(data_recipe(method, write_rows([rows[0], *rows])), encoder)
+    assert said.startswith("rows.jsonl:3: ")
+    found, _, way_out = said.partition(" — ")
+    assert other in found
+    assert first in way_out
+    assert way_out.endswith("; mend or remove this one")
+
+
+def test_text_that_is_no_unicode_names_its_row(
+    encoder: Encoder, write_rows: WriteRows, data_recipe: MakeRecipe
+) -> None:
+    """JSON can hold half an emoji, where somebody cut a text by its UTF-16 units."""
+    recipe = data_recipe("dpo", write_rows([PAIR, {**PAIR, "chosen": "Cows \ud83d"}]), max_dropped=0.5)
+    said = refused(recipe, encoder)
+    assert said.startswith("rows.jsonl:2: `chosen` is no text: character 6 is half of a surrogate pair — ")
+
+
+def test_up_to_three_rows_that_cannot_be_read_are_named(
+    encoder: Encoder, write_rows: WriteRows, data_recipe: MakeRecipe
+) -> None:
+    rows = [PAIR, {**PAIR, "chosen": ""}, *({**PAIR, "chosen": i} for i in range(5))]
+    recipe = data_recipe("dpo", write_rows(rows), max_dropped=1.0)
+    with pytest.raises(DataError) as error:
+        data.read(recipe, encoder)
+    assert [problem.where for problem in error.value.problems] == [f"rows.jsonl:{i}" for i in (3, 4, 5)]
+    assert {problem.what for problem in error.value.problems} == {"`chosen` is a number, expected a string"}
+    assert not list(cache.folder().iterdir())
+
+
+def test_a_shape_that_is_named(encoder: Encoder, write_rows: WriteRows, data_recipe: MakeRecipe) -> None:
+    path = write_rows([{**PAIR, "question": "Milk?"}])
+    assert "the columns fit `format: prompt-chosen-rejected` (" in refused(data_recipe("dpo", path), encoder)
+    for shape, prompt in (("orca", "Milk?"), ("prompt-chosen-rejected", "Tea?")):
+        assert prompts(data.prepare(data_recipe("dpo", path, {"format": shape}), encoder)[0]) == [prompt]
+
+
+def test_a_shape_of_the_other_method(encoder: Encoder, write_rows: WriteRows, data_recipe: MakeRecipe) -> None:
+    path = write_rows([PAIR])
+    said = refused(data_recipe("dpo", path, {"format": "messages"}), encoder)
+    assert said == f"{path}: `format: messages` is not for dpo — see docs/data.md"
+    recipe = data_recipe("sft", path, {"format": "prompt-chosen-rejected", "answer": "chosen"})
+    assert len(data.prepare(recipe, encoder)[0]) == 1
+
+
+def test_columns_under_other_names(encoder: Encoder, write_rows: WriteRows, data_recipe: MakeRecipe) -> None:
+    rows = [{"q": f"Tea {i}?", "good": "Leaves.", "rejected": "Stones.", "prompt": "no"} for i in range(120)]
+    source = {"columns": {"prompt": "q", "chosen": "good"}}
+    train, _ = data.prepare(data_recipe("dpo", write_rows(rows), source), encoder)
+    assert prompts(train) == [f"Tea {i}?" for i in range(120)]
+    del rows[110]["good"]
+    said = refused(data_recipe("dpo", write_rows(rows), source), encoder)
+    assert said.startswith("rows.jsonl:111: `columns` names `good`, but the columns are q, rejected, prompt — ")
+
+
+def test_a_missing_column_names_its_row(encoder: Encoder, write_rows: WriteRows, data_recipe: MakeRecipe) -> None:
+    rows = [{"q": "Tea?", "chosen": "Leaves.", "rejected": "Stones."}, PAIR]
+    said = refused(data_recipe("dpo", write_rows(rows), {"columns": {"prompt": "q"}}), encoder)
+    assert said.startswith("rows.jsonl:2: `columns` names `q`, but the columns are prompt, chosen, rejected — ")
+
+
+def test_the_chosen_answers_become_rows_for_sft(
+    encoder: Encoder, write_rows: WriteRows, data_recipe: MakeRecipe
+) -> None:
+    path = write_rows([PAIR, {**PAIR, "system": "Be short."}])
+    train, _ = data.prepare(data_recipe("sft", path, {"answer": "chosen"}), encoder)
+    expected = [CHAT, {"messages": [system("Be short."), *CHAT["messages"]]}]
+    assert [train.canonical(i) for i in range(2)] == expected
+    assert train.ledger.formats == {"prompt, chosen and rejected as strings": 2}
+    same, _ = data.prepare(data_recipe("sft", write_rows(expected, "messages.jsonl")), encoder)
+    assert train.dataset().to_list() == same.dataset().to_list()

@@ -276,9 +276,8 @@ def test_a_question_after_the_last_answer_is_left_out(make_encoder: MakeEncoder,
     rows = [tokens.dialogue(encoder, {"messages": m}, limit) for m in (turns, [*turns, user("Milk?")])]
     without, more = tokens.encode_rows(encoder, rows)
     assert isinstance(without, Encoded)
-    assert isinstance(more, Encoded)
-    assert without.ids == more.ids
-    assert (without.cut, more.cut) == ("", "last question left out: it has no answer")
+    assert without.cut == ""
+    assert more == Encoded(without.ids, "last question left out: it has no answer")
 
 
 # --- tokens that merge over the seam of prompt and answer ---
@@ -339,7 +338,6 @@ def test_no_space_slips_in_before_an_answer(spaced: Callable[[str], Encoder], te
     check_text(spaced(template), [user("Tea?")], answer)
 
 
-@pytest.mark.xfail(strict=True, reason="an answer whose tokens merge with the question is tokenized as a text's start")
 @pytest.mark.parametrize("template", ["alpaca", "zephyr"])
 def test_no_space_slips_in_before_a_merged_answer(spaced: Callable[[str], Encoder], template: str) -> None:
     check_text(spaced(template), [user("Tea?")], "\nLeaves.")

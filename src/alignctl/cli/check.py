@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from alignctl.cli.rows import Opened, opened
+from alignctl.terminal import harmless
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,7 +21,7 @@ def command(recipe: str, overrides: list[str] | None, *, as_json: bool) -> None:
     with opened(recipe, overrides) as rows:
         from alignctl.train import data, doctor
 
-        findings = [] if not len(rows.train) else doctor.examine(rows.recipe, rows.encoder, rows.train, rows.held_out)
+        findings = doctor.examine(rows.recipe, rows.encoder, rows.train, rows.held_out)
         if as_json:
             rows.out.write(json.dumps(_values(rows, findings), indent=2, ensure_ascii=False) + "\n")
         else:
@@ -56,7 +57,7 @@ def _encoder(rows: Opened) -> dict[str, Any]:
 def _show(rows: Opened, findings: list[Finding], name: str) -> None:
     from rich.text import Text
 
-    from alignctl.train.display import Display, harmless
+    from alignctl.train.display import Display
 
     display = Display(rows.out)
     about = _encoder(rows)
@@ -93,8 +94,6 @@ def _ledger(console: Console, name: str, rows: Rows) -> None:
     """Where the rows went, and how long they are."""
     from rich.table import Table
     from rich.text import Text
-
-    from alignctl.train.display import harmless
 
     ledger = rows.ledger
     table = Table(box=None, padding=(0, 2), show_header=False)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from alignctl import rundir
 from alignctl.cli.rows import Opened, opened
 from alignctl.errors import Problem, RecipeError
+from alignctl.terminal import harmless
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -171,8 +172,6 @@ def _tokens(rows: Opened, ids: tuple[int, ...]) -> list[str]:
 def _painted(rows: Opened, span: Span, *, marks: bool) -> Text:
     """A span with its special tokens in magenta and what is trained in green, or between ⟦ ⟧ where colours are not."""
     from rich.text import Text
-
-    from alignctl.train.display import harmless
 
     out = Text(harmless(span.text), style="underline green" if span.supervised else "")
     out.highlight_regex(rows.encoder.special, "magenta")

@@ -7,6 +7,7 @@ import traceback
 
 from alignctl.cli import signals
 from alignctl.errors import AlignctlError, Interrupted, Problem
+from alignctl.terminal import harmless
 
 
 def main() -> None:
@@ -31,5 +32,5 @@ def _report(error: BaseException) -> int:
         problems = (Problem(type(error).__name__, what, "a bug; run again with --debug and report it"),)
         code = 1
     for problem in problems:
-        print(f"alignctl: {problem}", file=sys.stderr)
+        print(f"alignctl: {harmless(str(problem))}", file=sys.stderr)
     return code

@@ -50,8 +50,9 @@ def detect(rows: Sequence[Row], *, preference: bool) -> Format:
     near = [c for c in known if all(column in rows[0] for column in c.columns) and _is_broken(rows[0], c)]
     if near:
         read(max(near, key=lambda c: len(c.columns)), rows[0])
-    expected = "; ".join(candidate.what for candidate in known)
-    raise RowError(f"columns are {_columns(rows[0])}, expected {expected}{_hint(rows[0])}")
+    hint = _hint(rows[0]) if preference else ""
+    expected = ", ".join(candidate.name for candidate in known)
+    raise RowError(f"columns are {_columns(rows[0])}, which is none of the shapes {expected}{hint}")
 
 
 def _is_broken(row: Row, shape: Format) -> bool:
@@ -64,7 +65,7 @@ def _columns(row: Row) -> str:
 
 
 def _hint(row: Row) -> str:
-    if isinstance(row.get("chosen"), str) and isinstance(row.get("rejected"), str):
+    if "prompt" not in row and isinstance(row.get("chosen"), str) and isinstance(row.get("rejected"), str):
         return " (the column with the question is named by `columns: {prompt: …}`)"
     return ""
 
@@ -79,7 +80,7 @@ def read(shape: Format, row: Row) -> Canonical:
     known = PREFERENCE if shape in PREFERENCE else SUPERVISED
     other = None if shape.matches(row) else next((c for c in known if c is not shape and c.matches(row)), None)
     if other is not None:
-        raise RowError(f"has the shape “{other.what}”, but the set is read as “{shape.what}”")
+        raise RowError(f"has another shape: {other.name} ({other.what})")
     missing = [column for column in shape.columns if column not in row]
     if missing:
         raise RowError(f"`{missing[0]}` is missing; columns are {_columns(row)}")

@@ -34,6 +34,8 @@ def _strings(row: Row) -> Canonical:
 def _conversations(row: Row) -> Canonical:
     """Answers as message lists; `prompt` is a list, a string that repeats a user's turn, or absent."""
     chosen, rejected = messages(row, "chosen"), messages(row, "rejected")
+    if not isinstance(row.get("prompt"), list | str | None):
+        raise RowError(f"`prompt` is {rows.kind(row['prompt'])}, expected a string or a list of messages")
     prompt = messages(row, "prompt") if isinstance(row.get("prompt"), list) else []
     history = _history(chosen, rejected)
     if prompt and history[: len(prompt)] != prompt:
@@ -63,8 +65,10 @@ def _repeats(prompt: str, history: list[Message]) -> bool:
 
 
 def is_transcript(value: object) -> bool:
-    """Whether `value` is a `Human: … Assistant: …` text."""
-    return isinstance(value, str) and re.match(r"\s*Human:", value) is not None
+    """Whether `value` is a `Human: … Assistant: …` text, or a first question as HH writes it, after two line breaks."""
+    if not isinstance(value, str):
+        return False
+    return value.startswith("\n\nHuman:") or (value.startswith("Human:") and "\n\nAssistant:" in value)
 
 
 def transcript(value: str, found: str) -> list[Message]:
@@ -79,13 +83,25 @@ def transcript(value: str, found: str) -> list[Message]:
 
 def _transcripts(row: Row) -> Canonical:
     """HH: whole transcripts on both sides, or a transcript up to `Assistant:` as `prompt` and two answers."""
-    if row.get("prompt") is None:
-        chosen, rejected = (transcript(text(row, c), f"`{c}` is") for c in ("chosen", "rejected"))
-        return {"prompt": _history(chosen, rejected), "chosen": [chosen[-1]], "rejected": [rejected[-1]]}
+    if row.get("prompt") is not None and not _are_transcripts(row):
+        turns = _asked_turns(row)
+        return _pair(turns, text(row, "chosen").strip(), text(row, "rejected").strip())
+    chosen, rejected = (transcript(text(row, c), f"`{c}` is") for c in ("chosen", "rejected"))
+    history = _history(chosen, rejected)
+    if row.get("prompt") is not None and not _begins(text(row, "prompt"), history):
+        raise Dropped("prompt is not in the conversation")
+    return {"prompt": history, "chosen": [chosen[-1]], "rejected": [rejected[-1]]}
+
+
+def _begins(prompt: str, history: list[Message]) -> bool:
+    """Whether `prompt`, a transcript or one question, is what `history` says."""
+    return _asked_turns({"prompt": prompt}) == history if is_transcript(prompt) else _repeats(prompt, history)
+
+
+def _asked_turns(row: Row) -> list[Message]:
+    """The turns of a transcript in `prompt`, without the `Assistant:` that it may end with."""
     turns = transcript(text(row, "prompt"), "`prompt` is")
-    if turns[-1] == assistant(""):
-        turns = turns[:-1]
-    return _pair(turns, text(row, "chosen").strip(), text(row, "rejected").strip())
+    return turns[:-1] if turns[-1] == assistant("") else turns
 
 
 def _question(row: Row) -> Canonical:
@@ -127,11 +143,13 @@ def _saferlhf(row: Row) -> Canonical:
 
 def _completions(row: Row) -> Canonical:
     """A prompt and its scored answers: `{"prompt", "answers": [{"content", "score"}]}`, for `best`."""
-    prompt = row.get("prompt")
-    if isinstance(prompt, list):
+    if not isinstance(row["completions"], list):
+        raise RowError(f"`completions` is {rows.kind(row['completions'])}, expected a list of answers")
+    if isinstance(row.get("prompt"), list):
         turns = rows.with_system(row, messages(row, "prompt"))
     else:
-        turns = rows.with_system(row, [user(text(row, "prompt" if prompt is not None else "instruction"))])
+        column = "instruction" if row.get("prompt") is None and row.get("instruction") is not None else "prompt"
+        turns = rows.with_system(row, [user(text(row, column))])
     return {"prompt": turns, "answers": [_answer(item, i) for i, item in enumerate(row["completions"])]}
 
 
@@ -139,8 +157,7 @@ def _answer(item: object, i: int) -> dict[str, Any]:
     where = f"`completions[{i}]`"
     if not isinstance(item, Mapping):
         raise RowError(f"{where} is {rows.kind(item)}, expected an answer with its score")
-    column = next((c for c in _ANSWERS if c in item), None)
-    score = next((c for c in SCORES if c in item), None)
+    column, score = _given(item, _ANSWERS), _given(item, SCORES)
     if column is None or score is None:
         missing, known = ("an answer", _ANSWERS) if column is None else ("a score", SCORES)
         raise RowError(f"{where} has no {missing.split()[1]}, expected one of {', '.join(known)}")
@@ -148,6 +165,12 @@ def _answer(item: object, i: int) -> dict[str, Any]:
         "content": rows.as_text(item[column], f"{where} has {column} that is"),
         "score": rows.number(item[score], f"{where} has {score} that is"),
     }
+
+
+def _given(item: Row, columns: tuple[str, ...]) -> str | None:
+    """The first of `columns` that `item` has a value in, or else has at all."""
+    there = [column for column in columns if column in item]
+    return next((column for column in there if item[column] is not None), there[0] if there else None)
 
 
 def best(row: Canonical, rejected: str, tie_margin: float, seed: str) -> Canonical:
@@ -171,9 +194,10 @@ def by_prompt(given: Iterable[tuple[str, Row]]) -> Iterable[tuple[str, Row]]:
         RowError: the row read last has no answer or no score.
     """
     found: dict[str, tuple[str, dict[str, Any]]] = {}
+    score = None  # one column for the whole set: scores of two scales cannot be compared
     for place, row in given:
-        values = found.setdefault(repr(row.get("prompt")), (place, {"completions": [], **_asked(row)}))[1]
-        score = next((c for c in SCORES if row.get(c) is not None), SCORES[0])
+        values = found.setdefault(repr(_asked(row)), (place, {"completions": [], **_asked(row)}))[1]
+        score = score or _given(row, SCORES) or SCORES[0]
         answer = {"response": text(row, "response"), "score": rows.number(row.get(score), f"`{score}` is")}
         values["completions"].append(answer)
     yield from found.values()
@@ -196,8 +220,12 @@ def _is(kind: type | tuple[type, ...], *columns: str) -> Any:
     return lambda row: all(isinstance(row.get(column), kind) for column in columns)
 
 
+def _are_transcripts(row: Row) -> bool:
+    return is_transcript(row.get("chosen")) and is_transcript(row.get("rejected"))
+
+
 def _has_transcript(row: Row) -> bool:
-    return is_transcript(row.get("chosen") if row.get("prompt") is None else row["prompt"])
+    return _are_transcripts(row) or is_transcript(row.get("prompt"))
 
 
 PREFERENCE = (

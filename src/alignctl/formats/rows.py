@@ -83,7 +83,7 @@ def number(value: object, found: str) -> float:
     """`value` as a finite number; a string of digits (CSV has no others) counts."""
     try:
         out = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
-    except ValueError:
+    except (ValueError, OverflowError):
         out = math.nan
     if not math.isfinite(out):
         shown = repr(value)[:40] if isinstance(value, float | str) else kind(value)
@@ -145,8 +145,11 @@ def instruction(row: Row) -> list[Message]:
 
 def _history(row: Row) -> list[Message]:
     """`history`: a list of [question, answer] pairs, or absent."""
+    given = row.get("history") or []
+    if not isinstance(given, list | tuple):
+        raise RowError(f"`history` is {kind(given)}, expected a list of [question, answer]")
     turns: list[Message] = []
-    for i, exchange in enumerate(row.get("history") or []):
+    for i, exchange in enumerate(given):
         if not isinstance(exchange, list | tuple) or len(exchange) != 2:
             raise RowError(f"`history[{i}]` is {kind(exchange)}, expected [question, answer]")
         question, answer = (as_text(part, f"`history[{i}]` holds") for part in exchange)

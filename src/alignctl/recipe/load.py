@@ -292,7 +292,7 @@ def _weight_rules(found: Tree, data: dict[str, Any]) -> list[Problem]:
     for part in ("train", "eval"):
         given = data.get(part)
         sources = [s for s in given if isinstance(s, dict)] if isinstance(given, list) else []
-        weighted = ["weight" in source for source in sources]
+        weighted = [source.get("weight") is not None for source in sources]
         if any(weighted) and not all(weighted):
             key = f"data.{part}.{weighted.index(False)}"
             what = f"{key}: has no weight, and another source has one"

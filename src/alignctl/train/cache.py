@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -43,15 +44,21 @@ def key(encoder: Encoder, **parts: object) -> str:
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 over the vocabulary, the merges and the special tokens."""
-    core = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(sorted(tokenizer.get_vocab()))
+    core = _core(tokenizer) if tokenizer.is_fast else json.dumps(sorted(tokenizer.get_vocab()))
     special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
     return hashlib.sha256(f"{core}\n{special}".encode()).hexdigest()
 
 
+def _core(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A fast tokenizer as text, without how it would pad and cut: that is changed by use, and not used here."""
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    return json.dumps({name: part for name, part in core.items() if name not in ("padding", "truncation")})
+
+
 def _code() -> str:
     """SHA-256 over the source of what reads, renders and tokenizes rows."""
-    here = Path(__file__).parent
-    files = [*Path(alignctl.formats.__file__).parent.glob("*.py"), here / "tokens.py", here / "encode.py"]
+    here = [Path(__file__).with_name(f"{name}.py") for name in ("files", "sources", "tokens", "encode")]
+    files = [*Path(alignctl.formats.__file__).parent.glob("*.py"), *here]
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
 
 
@@ -67,12 +74,19 @@ def written(entry: Path) -> Iterator[Path]:
         _prune(entry.parent)
         with tempfile.TemporaryDirectory(prefix=".writing-", dir=entry.parent, ignore_cleanup_errors=True) as scratch:
             yield Path(scratch)
-            with contextlib.suppress(FileExistsError):  # another run was faster, with the same rows
-                shutil.rmtree(entry, ignore_errors=True)
-                Path(scratch).rename(entry)
+            shutil.rmtree(entry, ignore_errors=True)
+            _move(Path(scratch), entry)
     except OSError as error:
         what = f"cannot be written: {error.strerror or error}"
         raise MachineError(Problem(str(entry.parent), what, "free space, or set ALIGNCTL_CACHE")) from error
+
+
+def _move(scratch: Path, entry: Path) -> None:
+    try:
+        scratch.rename(entry)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another run was faster, with the same rows
+            raise
 
 
 def use(entry: Path) -> None:
@@ -84,5 +98,6 @@ def use(entry: Path) -> None:
 def _prune(parent: Path) -> None:
     oldest = time.time() - _DAYS * 24 * 3600
     for entry in parent.iterdir():
-        if entry.stat().st_mtime < oldest:
-            shutil.rmtree(entry, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another run may be renaming or removing it
+            if entry.stat().st_mtime < oldest:
+                shutil.rmtree(entry)

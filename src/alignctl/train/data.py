@@ -19,7 +19,7 @@ from alignctl.formats import Canonical
 from alignctl.recipe.schema import Recipe, Source
 from alignctl.train import tokens
 from alignctl.train.encode import PAIR_COLUMNS, ROW_COLUMNS, EncodedSource, encode
-from alignctl.train.ledger import FIRST, Ledger, Places, by_count, check
+from alignctl.train.ledger import FIRST, HELD_OUT, OVERWEIGHT, Ledger, Places, by_count, check
 from alignctl.train.tokens import Encoder
 
 PERCENTILES = (5, 50, 95, 99, 100)
@@ -192,7 +192,7 @@ def _mixed(recipe: Recipe, encoder: Encoder, given: list[Source]) -> Rows:
         start += part.table.num_rows
     if len(parts) > 1:
         shuffle.shuffle(order)
-    total.set_aside("more than the source's weight", [], total.kept - len(order))
+    total.set_aside(OVERWEIGHT, [], total.kept - len(order))
     total.kept = len(order)
     table = pyarrow.concat_tables([part.table for part in parts])
     return Rows(table, numpy.array(order, dtype=numpy.int64), total, parts)
@@ -230,6 +230,6 @@ def _split(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
     count = int(out.sum())
     formats = rows.ledger.formats
     held_out = Rows(rows.table, rows.order[out], Ledger(rows=count, kept=count, formats=formats), rows.sources)
-    rows.ledger.set_aside("held out by data.eval_fraction", [], count)
+    rows.ledger.set_aside(HELD_OUT, [], count)
     rows.ledger.kept -= count
     return Rows(rows.table, rows.order[~out], rows.ledger, rows.sources), held_out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,7 +14,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+from alignctl.terminal import harmless
+
 _SHOWN = (
     ("loss", "loss", "{:.4f}"),
     ("rewards/margins", "margin", "{:.3f}"),
@@ -26,11 +26,6 @@ _SHOWN = (
 # Rich would send what the libraries print through its live display, past the log that it belongs in.
 _OWN_STREAM: dict[str, Any] = {"redirect_stdout": False, "redirect_stderr": False}
 _COLOURS = {"better": "green", "no evidence": "yellow", "worse": "red"}
-
-
-def harmless(text: str) -> str:
-    """`text` without characters that would move a terminal's cursor or change its colours."""
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def _grid(columns: int) -> Table:

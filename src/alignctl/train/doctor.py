@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy
@@ -13,9 +13,9 @@ from alignctl import rundir
 from alignctl.evaluate.statistics import wilson
 from alignctl.recipe.schema import Recipe
 from alignctl.train.data import Rows
-from alignctl.train.ledger import Places
+from alignctl.train.ledger import FIRST, Places
 from alignctl.train.tokenizer import template_hash
-from alignctl.train.tokens import ANSWER_CUT, Encoder
+from alignctl.train.tokens import ALIKE_WITHIN, ANSWER_CUT, PROMPT_CUT, RENDERED_ANEW, TURNS_CUT, UNANSWERED, Encoder
 
 SAMPLE = 4000
 WORDS = 2000
@@ -24,8 +24,33 @@ ALIKE = 0.95
 # Text that a chat template writes; in JSON a line break stands as \n.
 _RENDERED = (
     r"<\|im_(start|end)\|>|\[/?INST\]|<\|(user|assistant|system|end|eot_id|start_header_id)\|>|<(start|end)_of_turn>"
-    r"|### (Instruction|Response|Human|Assistant):|(\"|\\n)(Human|Assistant|USER|ASSISTANT): "
+    r"|### (Instruction|Response|Human|Assistant):"
+    r"|(\"content\": \"|\\n\\n)(Human|Assistant): |(\"content\": \"|\\n)(USER|ASSISTANT): "
 )
+_LOST = (
+    (
+        RENDERED_ANEW,
+        "template.prefix",
+        "what the model would be asked with is not what it would be trained behind, so these rows are dropped",
+        "take a template that writes a conversation from its start, whatever follows",
+    ),
+    (
+        ALIKE_WITHIN,
+        "answers.alike_within_limit",
+        "nothing of what differs is left within the limit, so these rows are dropped",
+        "raise data.max_length",
+    ),
+)
+_CUTS = {
+    PROMPT_CUT: ("rows.prompt_cut", "the model does not see all that was said before", "raise data.max_length"),
+    ANSWER_CUT: (
+        "rows.answer_cut",
+        "a model that is trained on answers without an end learns not to stop",
+        "raise data.max_length, or data.overlong: drop",
+    ),
+    TURNS_CUT: ("rows.turns_cut", "only the first answers of the conversation are trained", "raise data.max_length"),
+    UNANSWERED: ("rows.unanswered", "what comes after the last answer is not trained on", "nothing, or mend the rows"),
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +68,10 @@ class Finding:
 
 def examine(recipe: Recipe, encoder: Encoder, train: Rows, held_out: Rows | None) -> list[Finding]:
     """Every finding about the training rows, the held-out rows and the template."""
-    found = [*_template(recipe, encoder), *_texts(encoder, train), *_repeats(train), *_cuts(train)]
+    found = [*_template(recipe, encoder, train)]
+    if not len(train):
+        return found
+    found += [*_texts(encoder, train), *_repeats(train), *_cuts(train)]
     if recipe.method != "sft":
         found += [*_scores(train), *_answers(train), *_shortcuts(train, recipe.training.seed)]
     return [*found, *_held_out(train, held_out)]
@@ -57,7 +85,7 @@ def _rows(name: str, places: Places, total: int, what: str, meaning: str, way_ou
     return Finding(name, said, True, places.rows, tuple(places.first), meaning, way_out)
 
 
-def _template(recipe: Recipe, encoder: Encoder) -> Iterator[Finding]:
+def _template(recipe: Recipe, encoder: Encoder, train: Rows) -> Iterator[Finding]:
     parent = _parent_template(recipe)
     if parent is not None:
         same = parent == template_hash(encoder)
@@ -69,13 +97,20 @@ def _template(recipe: Recipe, encoder: Encoder) -> Iterator[Finding]:
             way_out="" if same else "model.chat_template: the parent run's",
         )
 
+    for reason, name, meaning, way_out in _LOST:
+        places = train.ledger.dropped.get(reason, Places())
+        yield _rows(name, places, len(train) + places.rows, reason, meaning, way_out)
+
 
 def _parent_template(recipe: Recipe) -> str | None:
     """The hash of the template that the run behind `model.adapter` was trained with."""
     if recipe.model.adapter is None:
         return None
     folder = Path(recipe.model.adapter).expanduser()
-    record = rundir.read_json(folder / "run.json") or rundir.read_json(folder.parent / "run.json")
+    try:
+        record = rundir.read_json(folder / "run.json") or rundir.read_json(folder.parent / "run.json")
+    except ValueError:
+        return None
     return record.get("template", {}).get("sha256")
 
 
@@ -144,12 +179,8 @@ def _repeats(rows: Rows) -> Iterator[Finding]:
 
 def _cuts(rows: Rows) -> Iterator[Finding]:
     for reason, places in rows.cut().items():
-        meaning = (
-            "a model that is trained on answers without an end learns not to stop"
-            if reason == ANSWER_CUT
-            else "the model does not see all that was said before"
-        )
-        yield _rows(f"rows.{reason.split()[0]}_cut", places, len(rows), reason, meaning, "raise data.max_length")
+        name, meaning, way_out = _CUTS[reason]
+        yield _rows(name, places, len(rows), reason, meaning, way_out)
 
 
 def _scores(rows: Rows) -> Iterator[Finding]:
@@ -181,73 +212,89 @@ def _answers(rows: Rows) -> Iterator[Finding]:
 def _shortcuts(rows: Rows, seed: int) -> Iterator[Finding]:
     """How well the chosen answer is known without reading it: by length, by its words, by its first token."""
     longer = numpy.sign(rows.lengths("chosen_ids") - rows.lengths("rejected_ids"))
-    right = int((longer > 0).sum()), int((longer < 0).sum())
-    which = "longer" if right[0] >= right[1] else "shorter"
+    told = numpy.flatnonzero(longer)
+    which, direction = ("longer", 1) if longer.sum() >= 0 else ("shorter", -1)
     yield _shortcut(
-        "shortcut.length",
-        max(right),
-        sum(right),
+        Finding(
+            "shortcut.length",
+            f"the {which} answer is the chosen one",
+            meaning=f"the model can learn to write {which} answers instead of better ones",
+            way_out="dpo.loss_type: sigmoid_norm, dpo.ld_alpha, or pairs of like length",
+        ),
+        _Guess(rows, told, direction * longer[told]),
         0.65,
-        f"the {which} answer is the chosen one",
-        f"the model can learn to write {which} answers instead of better ones",
-        "dpo.loss_type: sigmoid_norm, dpo.ld_alpha, or pairs of like length",
     )
-    chosen, rejected, held_out = _sampled(rows, seed)
+    picked = numpy.sort(numpy.random.default_rng(seed).permutation(len(rows))[:SAMPLE])
+    chosen, rejected, held_out = _sampled(rows, picked)
     if min(held_out.sum(), (~held_out).sum()) < FEWEST:
         yield Finding("shortcut.words", f"not measured: fewer than {FEWEST} pairs to learn from or to test on")
         return
-    n = int(held_out.sum())
     yield _shortcut(
-        "shortcut.words",
-        _by_words(chosen, rejected, held_out),
-        n,
+        Finding(
+            "shortcut.words",
+            "which words it holds tells the chosen answer, of pairs held out from a linear classifier",
+            meaning="the loss falls to zero on a few words; the preference behind them need not be learned",
+            way_out="take rejected answers that are closer to the chosen ones, e.g. the model's own",
+        ),
+        _Guess(rows, picked[held_out], _by_words(chosen, rejected, held_out)),
         0.9,
-        "which words it holds tells the chosen answer, of pairs held out from a linear classifier",
-        "the loss falls to zero on a few words; the preference behind them need not be learned",
-        "take rejected answers that are closer to the chosen ones, e.g. the model's own",
     )
     yield _shortcut(
-        "shortcut.first_token",
-        _by_first_token(chosen, rejected, held_out),
-        n,
+        Finding(
+            "shortcut.first_token",
+            "the first token tells the chosen answer, of pairs held out",
+            meaning="the model needs to learn no more than how to begin",
+            way_out="take rejected answers that begin like the chosen ones",
+        ),
+        _Guess(rows, picked[held_out], _by_first_token(chosen, rejected, held_out)),
         0.8,
-        "the first token tells the chosen answer, of pairs held out",
-        "the model needs to learn no more than how to begin",
-        "take rejected answers that begin like the chosen ones",
     )
 
 
-def _shortcut(name: str, right: float, n: int, limit: float, what: str, meaning: str, way_out: str) -> Finding:
-    """A classifier that is right on `right` of `n` pairs; warns when surely above `limit`."""
+@dataclass(frozen=True)
+class _Guess:
+    """Which answer is the chosen one, guessed for the rows `which`: right above 0, wrong below, undecided at 0."""
+
+    rows: Rows
+    which: numpy.ndarray
+    decisions: numpy.ndarray
+
+
+def _shortcut(finding: Finding, guess: _Guess, limit: float) -> Finding:
+    """`finding` with how often the guess is right; it warns when that is surely above `limit`."""
+    n = len(guess.decisions)
     if not n:
-        return Finding(name, "not measured: no pair tells")
-    low, high = wilson(round(right), n)
-    said = f"{right / n:.1%} ({low:.1%} to {high:.1%}, n {n:,}): {what}"
+        return Finding(finding.name, "not measured: no pair tells")
+    right = guess.which[guess.decisions > 0]
+    share = (len(right) + (guess.decisions == 0).sum() / 2) / n
+    low, high = wilson(share * n, n)
+    said = f"{share:.1%} ({low:.1%} to {high:.1%}, n {n:,}): {finding.said}"
     if low <= limit:
-        return Finding(name, said)
-    return Finding(name, said, True, round(right), (), meaning, way_out)
+        return Finding(finding.name, said)
+    first = tuple(guess.rows.place(i) for i in right[:FIRST])
+    return replace(finding, said=said, warns=True, rows=len(right), first=first)
 
 
 Sides = list[numpy.ndarray]
 
 
-def _sampled(rows: Rows, seed: int) -> tuple[Sides, Sides, numpy.ndarray]:
-    """The answers of at most `SAMPLE` pairs, and which of them are held out: a fourth, by prompt."""
-    picked = numpy.random.default_rng(seed).permutation(len(rows))[:SAMPLE]
-    part = rows.table.select(["chosen_ids", "rejected_ids", "key"]).take(rows.order[numpy.sort(picked)])
+def _sampled(rows: Rows, picked: numpy.ndarray) -> tuple[Sides, Sides, numpy.ndarray]:
+    """The answers of the rows `picked`, and which of them are held out: a fourth, by prompt."""
+    part = rows.table.select(["chosen_ids", "rejected_ids", "key"]).take(rows.order[picked])
     sides = [[numpy.array(ids) for ids in part[name].to_pylist()] for name in ("chosen_ids", "rejected_ids")]
     return sides[0], sides[1], part["key"].to_numpy() % 4 == 0
 
 
-def _by_words(chosen: Sides, rejected: Sides, held_out: numpy.ndarray) -> float:
-    """How many held-out pairs a ridge classifier gets right from which tokens occur on one side only."""
+def _by_words(chosen: Sides, rejected: Sides, held_out: numpy.ndarray) -> numpy.ndarray:
+    """Guesses for the held-out pairs by a ridge classifier on which tokens occur on one side only."""
     learned = [ids for side in (chosen, rejected) for ids, out in zip(side, held_out, strict=True) if not out]
     seen, counts = numpy.unique(numpy.concatenate(learned), return_counts=True)
     known = numpy.sort(seen[numpy.argsort(-counts)][:WORDS])
     features = _presence(chosen, known) - _presence(rejected, known)
     x = features[~held_out]
     weights = numpy.linalg.solve(x.T @ x + 10 * numpy.eye(len(known)), x.sum(axis=0))
-    return _right(features[held_out] @ weights)
+    decisions: numpy.ndarray = features[held_out] @ weights
+    return decisions
 
 
 def _presence(side: Sides, known: numpy.ndarray) -> numpy.ndarray:
@@ -260,22 +307,18 @@ def _presence(side: Sides, known: numpy.ndarray) -> numpy.ndarray:
     return out[:, :-1]
 
 
-def _by_first_token(chosen: Sides, rejected: Sides, held_out: numpy.ndarray) -> float:
-    """How many held-out pairs are told by how often each first token stood on either side elsewhere."""
+def _by_first_token(chosen: Sides, rejected: Sides, held_out: numpy.ndarray) -> numpy.ndarray:
+    """Guesses for the held-out pairs by how often each first token stood on either side elsewhere."""
     first = numpy.array([[side[0] for side in pair] for pair in zip(chosen, rejected, strict=True)])
     tally = numpy.zeros(first.max() + 1)
     numpy.add.at(tally, first[~held_out, 0], 1)
     numpy.subtract.at(tally, first[~held_out, 1], 1)
-    return _right(tally[first[held_out, 0]] - tally[first[held_out, 1]])
-
-
-def _right(decisions: numpy.ndarray) -> float:
-    """Decisions above zero, and half of those that are none."""
-    return float((decisions > 0).sum() + (decisions == 0).sum() / 2)
+    decisions: numpy.ndarray = tally[first[held_out, 0]] - tally[first[held_out, 1]]
+    return decisions
 
 
 def _held_out(train: Rows, held_out: Rows | None) -> Iterator[Finding]:
-    if held_out is None:
+    if held_out is None or not len(held_out):
         yield Finding(
             "eval.size",
             "no rows are held out",

@@ -30,6 +30,8 @@ _CHUNK = 256
 _LOOKED_AT = 100
 _SHOWN_ERRORS = 3
 _CHECKED = 4
+# Blanks and the blocks of punctuation, not \W: that holds the vowel signs of many scripts too.
+_NO_WORD = re.compile(r"[\s!-/:-@\[-`{-~\u00a1-\u00bf\u2000-\u206f\u3000-\u303f\uff01-\uff0f]+")
 PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 ROW_COLUMNS = ("input_ids", "labels")
 
@@ -87,7 +89,7 @@ class Job:
     def _canonical(self, raw: RawRow) -> tuple[Canonical, float | None]:
         values = formats.renamed(raw.values, self.renames)
         gap = score_gap(values)
-        if gap is not None and self.source.tie_margin is not None and gap <= self.source.tie_margin:
+        if gap is not None and self.source.tie_margin is not None and abs(gap) <= self.source.tie_margin:
             raise Dropped("tie")
         row = formats.read(formats.named(self.shape), values)
         if "answers" in row:
@@ -167,7 +169,7 @@ def _record(
         "canonical": json.dumps(row, ensure_ascii=False),
         "key": hashed(prompt_text(row)),
         "digest": hashed_ids(ids),
-        "likeness": hashed(" ".join(re.findall(r"\w+", " / ".join(said).lower()))),
+        "likeness": hashed(_NO_WORD.sub(" ", "\n".join(said).lower())),
         "supervised": sum(len(part) - part.count(-100) for part in trained),
         "cut": encoded.cut,
         "common": 0 if "labels" in ids else _common(ids["chosen_ids"], ids["rejected_ids"]),
@@ -216,9 +218,13 @@ def encode(source: Source, method: str, encoder: Encoder, data: Data, seed: int)
             _write(folder, source, method, encoder, limit, seed)
     cache.use(entry)
     meta = json.loads((entry / "ledger.json").read_text(encoding="utf-8"))
-    table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(entry / "rows.arrow"))).read_all()
+    table = _table(entry)
     said = f"{found} {key[:12]}, {time.monotonic() - began:.1f} s"
     return EncodedSource(source.path, formats.named(meta["format"]), table, ledger.from_summary(meta["ledger"]), said)
+
+
+def _table(entry: Path) -> pyarrow.Table:
+    return pyarrow.ipc.open_stream(pyarrow.memory_map(str(entry / "rows.arrow"))).read_all()
 
 
 def _longest_token(encoder: Encoder) -> int:
@@ -226,15 +232,18 @@ def _longest_token(encoder: Encoder) -> int:
 
 
 def _holds(entry: Path, job: Job) -> bool:
-    """Whether the cache has `entry`, and a few of its rows still come out as they stand there."""
+    """Whether the cache has `entry`, whole, and a few of its rows still come out as they stand there."""
     try:
-        table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(entry / "rows.arrow"))).read_all()
-        json.loads((entry / "ledger.json").read_text(encoding="utf-8"))
+        meta = json.loads((entry / "ledger.json").read_text(encoding="utf-8"))
+        table = _table(entry)
+        picked = random.SystemRandom().sample(range(table.num_rows), min(_CHECKED, table.num_rows))
+        rows = [table.slice(i, 1).to_pylist()[0] for i in picked]
+        canonical = [json.loads(row["canonical"]) for row in rows]
     except (OSError, ValueError, pyarrow.ArrowInvalid):
         return False
-    picked = random.sample(range(table.num_rows), min(_CHECKED, table.num_rows))
-    rows = [table.slice(i, 1).to_pylist()[0] for i in picked]
-    again = tokens.encode_rows(job.encoder, [job.rule(json.loads(row["canonical"])) for row in rows])
+    if table.num_rows != meta["ledger"]["kept"]:
+        return False
+    again = tokens.encode_rows(job.encoder, [job.rule(row) for row in canonical])
     return all(
         isinstance(new, Encoded) and all(row[column] == ids for column, ids in new.ids.items())
         for row, new in zip(rows, again, strict=True)
@@ -256,7 +265,7 @@ def _write(folder: Path, source: Source, method: str, encoder: Encoder, limit: L
     total.rows = counted.rows
     total.formats = {shape.what: counted.rows}
     spare = total.rows - total.kept - total.lost - sum(places.rows for places in total.aside.values())
-    total.set_aside("answers that are in no pair", [], spare)
+    total.set_aside("further answers to a prompt", [], spare)
     meta = {"format": shape.name, "ledger": total.summary()}
     (folder / "ledger.json").write_text(json.dumps(meta), encoding="utf-8")
 
@@ -302,13 +311,18 @@ def _shaped(source: Source, method: str, stream: Iterator[RawRow]) -> tuple[Form
     head = list(islice(stream, _LOOKED_AT))
     columns: dict[str, str] = {str(ours): theirs for ours, theirs in (source.columns or {}).items()}
     preference = method != "sft" or source.answer is not None
+    place = head[0].place
     try:
-        shape = formats.named(source.format) if source.format else None
-        shape = shape or formats.detect([formats.renamed(r.values, columns) for r in head], preference=preference)
+        found = []
+        for raw in head:
+            place = raw.place
+            found.append(formats.renamed(raw.values, columns))
+        place = head[0].place
+        shape = formats.named(source.format) if source.format else formats.detect(found, preference=preference)
     except RowError as error:
-        hint = "; for a preference set, `answer: chosen`" if method == "sft" else ""
+        hint = "; for a preference set, `answer: chosen`" if method == "sft" and source.answer is None else ""
         way_out = f"name the columns with `columns:`, or the shape with `format:`{hint}"
-        raise DataError(Problem(head[0].place, str(error), way_out)) from error
+        raise DataError(Problem(place, str(error), way_out)) from error
     if (shape in formats.PREFERENCE) != preference:
         raise DataError(Problem(source.path, f"`format: {shape.name}` is not for {method}", "see docs/data.md"))
     rows = chain(head, stream)
@@ -343,5 +357,5 @@ def _chunks(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
 def _refuse(errors: list[tuple[str, str]], shape: Format) -> None:
     if not errors:
         return
-    way_out = f"the set is read as “{shape.what}”; mend or remove the row"
+    way_out = f"the rows are read as {shape.name} ({shape.what}); mend or remove this one"
     raise DataError(*(Problem(place, what, way_out) for place, what in errors[:_SHOWN_ERRORS]))

@@ -10,6 +10,9 @@ from alignctl.errors import DataError, Problem
 from alignctl.recipe.schema import Data
 
 FIRST = 3
+HELD_OUT = "held out by data.eval_fraction"
+OVERWEIGHT = "more than the source's weight"
+BY_CHOICE = (HELD_OUT, OVERWEIGHT)
 
 
 @dataclass
@@ -107,9 +110,9 @@ def check(part: str, ledger: Ledger, data: Data, overlong: str) -> None:
     if too_long is not None and data.overlong == "error":
         what = f"rows longer than {data.max_length} tokens: {too_long}"
         raise DataError(Problem(part, what, "raise data.max_length, or data.overlong=drop"))
-    if ledger.kept and ledger.lost <= data.max_dropped * (ledger.kept + ledger.lost):
+    considered = ledger.kept + ledger.lost + sum(ledger.aside[why].rows for why in BY_CHOICE if why in ledger.aside)
+    if ledger.kept and ledger.lost <= data.max_dropped * considered:
         return
-    considered = ledger.kept + ledger.lost
     worst = sorted(ledger.dropped.items(), key=lambda item: -item[1].rows)[:3]
     reasons = "; ".join(f"{reason}: {places}" for reason, places in worst)
     much = f"more than data.max_dropped ({data.max_dropped:.0%})" if ledger.kept else "so none is left"

@@ -24,7 +24,10 @@ _PROBE = "7f3a"
 OVERLONG = "longer than max_length"
 PROMPT_CUT = "oldest turns of the prompt left out"
 ANSWER_CUT = "answer cut, without its end token"
+TURNS_CUT = "last turns left out"
 UNANSWERED = "last question left out: it has no answer"
+RENDERED_ANEW = "template renders the prompt differently with an answer"
+ALIKE_WITHIN = "chosen equals rejected within max_length"
 
 # A row's rules ask for texts to be tokenized and get their ids, so that many rows share one call of the tokenizer.
 Ids = list[int]
@@ -107,7 +110,7 @@ class Encoder:
             raise Dropped("empty answer")
         whole = self.render([*turns, answer], ask=False)
         if not whole.startswith(asked):
-            raise Dropped("template renders the prompt differently with an answer")
+            raise Dropped(RENDERED_ANEW)
         return whole
 
     def last_special(self, text: str) -> int:
@@ -266,7 +269,7 @@ def pair(encoder: Encoder, row: Canonical, limit: Limit) -> Asking:
                 break
         prompt, cut = _without_oldest(prompt, limit), PROMPT_CUT
     if sides[0] == sides[1]:
-        raise Dropped("chosen equals rejected" + (" within max_length" if cut == ANSWER_CUT else ""))
+        raise Dropped(ALIKE_WITHIN if cut == ANSWER_CUT else "chosen equals rejected")
     return Encoded({"prompt_ids": prompt_ids, "chosen_ids": sides[0], "rejected_ids": sides[1]}, cut)
 
 
@@ -279,8 +282,10 @@ def _sides(encoder: Encoder, asked: str, wholes: list[str]) -> Generator[list[st
         raise Dropped("two BOS tokens")
     n = len(seam)
     merged = [i for i, ids in enumerate(found) if ids[:n] != seam]
-    alone = iter((yield [wholes[i][len(asked) :] for i in merged]) if merged else [])
-    sides = [next(alone) if i in merged else ids[n:] for i, ids in enumerate(found)]
+    # Behind a special token, for a tokenizer may put a space before the start of a text.
+    end = encoder.tokenizer.convert_ids_to_tokens(encoder.stop_ids[0])
+    alone = iter((yield [end + wholes[i][len(asked) :] for i in merged]) if merged else [])
+    sides = [next(alone)[1:] if i in merged else ids[n:] for i, ids in enumerate(found)]
     return prompt_ids, [encoder.ended(side) for side in sides]
 
 
@@ -314,19 +319,34 @@ def dialogue(encoder: Encoder, row: Canonical, limit: Limit) -> Asking:
     """
     if "text" in row:
         return (yield from _plain(encoder, row["text"], limit))
-    messages = row["messages"]
-    cut = "" if messages[-1]["role"] == "assistant" else UNANSWERED
+    messages = _answered(row["messages"])
+    cut = "" if len(messages) == len(row["messages"]) else UNANSWERED
     while True:
         ids, labels = yield from _labelled(encoder, messages, limit)
         if ids and len(ids) <= limit.max_length:
             break
         if limit.overlong == "truncate_completion":
-            ids, labels, cut = ids[: limit.max_length], labels[: limit.max_length], ANSWER_CUT
+            ids, labels, cut = _cut_off(ids, labels, limit)
             break
         messages, cut = _without_oldest(messages, limit), PROMPT_CUT
-    if cut == ANSWER_CUT and all(label == -100 for label in labels):
-        raise Dropped("prompt leaves no room for an answer")
     return Encoded({"input_ids": ids, "labels": labels}, cut)
+
+
+def _cut_off(ids: Ids, labels: Ids, limit: Limit) -> tuple[Ids, Ids, str]:
+    """A conversation up to the limit, or to its last answer before it."""
+    trained = [i for i, label in enumerate(labels[: limit.max_length]) if label != -100]
+    if not trained:
+        raise Dropped("prompt leaves no room for an answer")
+    end = trained[-1] + 1
+    return ids[:end], labels[:end], ANSWER_CUT if end == limit.max_length and labels[end] != -100 else TURNS_CUT
+
+
+def _answered(messages: list[Message]) -> list[Message]:
+    """`messages` up to the last answer."""
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        raise Dropped("no assistant turn")
+    return messages[: answers[-1] + 1]
 
 
 def _labelled(
@@ -335,8 +355,6 @@ def _labelled(
     """Ids and labels of a whole conversation up to its last answer; nothing when it is too long to be tokenized."""
     turns = encoder.alternating(messages)
     answers = [i for i, message in enumerate(turns) if message["role"] == "assistant"]
-    if not answers:
-        raise Dropped("no assistant turn")
     asked = [encoder.render(turns[:i], ask=True) for i in answers]
     wholes = [encoder.answered(turns[:i], text, turns[i]) for i, text in zip(answers, asked, strict=True)]
     if limit.excludes(wholes[-1]):
@@ -361,6 +379,8 @@ def _plain(encoder: Encoder, text: str, limit: Limit) -> Asking:
         raise Dropped(OVERLONG)
     eos = encoder.tokenizer.eos_token_id
     (ids,) = yield [encoder.begun(text)]
+    if not ids:
+        raise Dropped("empty text")
     if eos is not None and ids[-1] != eos:
         ids = [*ids, eos]
     if len(ids) <= limit.max_length:
