@@ -1,7 +1,7 @@
 """How long 60,000 preference rows of UltraFeedback's size take to be read and tokenized, and to be found again.
 
-The rows have the shape of ultrafeedback_binarized and are made of the built-in demo set's words; their lengths, which it
-prints, are spread like those of real prompts and answers. The tokenizer is SmolLM2's, and the cache starts empty.
+The rows have the shape of ultrafeedback_binarized and are made of the built-in demo set's words; their lengths, which
+it prints, are spread like those of real prompts and answers. The tokenizer is SmolLM2's, and the cache starts empty.
 """
 
 from __future__ import annotations

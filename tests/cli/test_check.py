@@ -222,7 +222,6 @@ def test_no_row_left(data_set: Write, here: Run) -> None:
     assert ledger(done.stdout)["kept"] == 0 and adds_up(done.stdout)
 
 
-@pytest.mark.xfail(strict=True, reason="doctor._held_out divides by the number of held-out rows")
 def test_no_held_out_row_left(data_set: Write, here: Run) -> None:
     data_set([row | {"rejected": row["chosen"]} for row in pairs(9)], name="eval.jsonl")
     data_set(pairs())
@@ -283,7 +282,6 @@ def test_escape_sequences_are_not_printed(data_set: Write, here: Run) -> None:
     assert not CONTROL.search(here("check", f"{HOSTILE}.yaml").stderr)
 
 
-@pytest.mark.xfail(strict=True, reason="JSON needs no escape for what moves a terminal beyond ASCII: \\x9b, \\u202e")
 def test_json_prints_no_control_character(data_set: Write, here: Run) -> None:
     data_set(pairs(9), name=f"{HOSTILE}.jsonl")
     source = json.dumps([{"path": f"{HOSTILE}.jsonl"}])

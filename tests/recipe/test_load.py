@@ -241,8 +241,8 @@ def test_a_file_without_permission_to_read(
         ({"model": "{name_or_path: m, trust_remote_code: 1}"}, "r.yaml:1: model.trust_remote_code: input should be a"),
         (
             {"model": "{name_or_path: m, dtype: bf16}"},
-            "r.yaml:1: model.dtype: input should be 'auto', 'bfloat16', 'float16' or 'float32', got 'bf16' — the "
-            "default is 'auto'",
+            "r.yaml:1: model.dtype: input should be 'auto', 'bfloat16', 'float16' or 'float32', got 'bf16' — did "
+            "you mean bfloat16?",
         ),
         ({"data": "{train: rows}"}, "r.yaml:2: data.train: input should be a valid list, got 'rows'"),
         ({"data": "{train: []}"}, "r.yaml:2: data.train: list should have at least 1 item"),

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from string import ascii_letters
 from typing import Any
 
 import pytest
@@ -369,8 +370,10 @@ def test_shorter_answers_are_a_shortcut_too(diagnose: Diagnose) -> None:
 
 
 def test_prompts_do_not_leak_into_the_pairs_held_out(diagnose: Diagnose) -> None:
-    """Every pair stands five times with its prompt: learned by heart they would all be right."""
-    found = diagnose([row for row in clean(120) for _ in range(5)])
+    """Every pair of random letters stands ten times with its prompt: learned by heart, all would be right."""
+    chance = random.Random(5)
+    rows = [{k: "".join(chance.sample(ascii_letters, 25)) for k in ("prompt", "chosen", "rejected")} for _ in range(40)]
+    found = diagnose([row for row in rows for _ in range(10)])
     assert {"shortcut.words", "shortcut.first_token"} & warned(found) == set()
     assert share(found["shortcut.words"]) < 75 and share(found["shortcut.first_token"]) < 75
 

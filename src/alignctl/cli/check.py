@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from alignctl.cli.rows import Opened, opened
+from alignctl.terminal import as_json as json_text
 from alignctl.terminal import harmless
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def command(recipe: str, overrides: list[str] | None, *, as_json: bool) -> None:
 
         findings = doctor.examine(rows.recipe, rows.encoder, rows.train, rows.held_out)
         if as_json:
-            rows.out.write(json.dumps(_values(rows, findings), indent=2, ensure_ascii=False) + "\n")
+            rows.out.write(json_text(_values(rows, findings)) + "\n")
         else:
             _show(rows, findings, recipe)
         rows.out.flush()

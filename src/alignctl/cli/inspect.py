@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import errno
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from alignctl import rundir
 from alignctl.cli.rows import Opened, opened
 from alignctl.errors import Problem, RecipeError
+from alignctl.terminal import as_json as json_text
 from alignctl.terminal import harmless
 
 if TYPE_CHECKING:
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shown:
-    """A row to show; without `ids` it is dropped, and `dropped` says why."""
+    """A row to show; without `ids` it is not among the rows, and `dropped` says why."""
 
     title: str
     place: str
-    canonical: Canonical | None
+    canonical: Canonical
     ids: dict[str, list[int]] | None
     dropped: str = ""
 
@@ -46,10 +47,9 @@ def command(
     export: Path | None,
 ) -> None:
     """Show one row, or write every row of a part to a file."""
-    if sum((row is not None, longest, at_random)) > 1:
-        raise RecipeError(Problem("--row, --longest, --random", "say which row, each in its own way", "keep one"))
-    if export is not None and export.exists():
-        raise RecipeError(Problem("--export", f"{export} exists", "name another file, or remove it"))
+    if sum((row is not None, longest, at_random, export is not None)) > 1:
+        what = "each say which rows, in its own way"
+        raise RecipeError(Problem("--row, --longest, --random, --export", what, "keep one"))
     with opened(recipe, overrides) as rows:
         held = rows.parts().get(part)
         if held is None:
@@ -57,27 +57,32 @@ def command(
         if export is not None:
             _export(rows, held, export)
             return
-        shown = _by_place(rows, part, row) if row and not row.isdigit() else _kept(held, part, row, longest, at_random)
+        by_place = row is not None and not row.isdecimal()
+        shown = _by_place(rows, part, str(row)) if by_place else _kept(held, part, row, longest, at_random)
         if as_json:
-            rows.out.write(json.dumps(_values(rows, shown, side), indent=2, ensure_ascii=False) + "\n")
+            rows.out.write(json_text(_values(rows, shown, side)) + "\n")
         else:
             _show(rows, shown, side, ids=ids)
 
 
 def _export(rows: Opened, held: Rows, file: Path) -> None:
     try:
+        if file.exists():
+            raise RecipeError(Problem("--export", f"{file} exists", "name another file, or remove it"))
         rundir.write_jsonl(file, (held.canonical(i) for i in range(len(held))))
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         what = f"{file} cannot be written: {error.strerror or error}"
         raise RecipeError(Problem("--export", what, "name another file")) from error
-    rows.out.write(f"{len(held):,} rows written to {file}\n")
+    rows.out.write(harmless(f"{len(held):,} rows written to {file}") + "\n")
 
 
 def _kept(held: Rows, part: str, row: str | None, longest: bool, at_random: bool) -> Shown:
     """A row that is kept, by its number, its length or by chance."""
     if not len(held):
         raise RecipeError(Problem("--part", f"no row of {part} is kept", "alignctl check says why"))
-    i = int(row) - 1 if row else 0
+    i = 0 if row is None else int(row) - 1
     if longest:
         i = held.longest()
     if at_random:
@@ -85,6 +90,10 @@ def _kept(held: Rows, part: str, row: str | None, longest: bool, at_random: bool
     if not 0 <= i < len(held):
         what = f"{part} has no row {row}"
         raise RecipeError(Problem("--row", what, f"1 to {len(held):,}, or a place such as {held.place(0)}"))
+    return _of(held, part, i)
+
+
+def _of(held: Rows, part: str, i: int) -> Shown:
     title = f"{part} row {i + 1:,} of {len(held):,}"
     return Shown(title, held.place(i), held.canonical(i), held.encoded(i))
 
@@ -95,14 +104,18 @@ def _by_place(rows: Opened, part: str, place: str) -> Shown:
     from alignctl.train import encode
 
     data = rows.recipe.data
-    for source in [*data.train, *(data.eval or [])]:
+    i = rows.parts()[part].find(place)
+    if i is not None:
+        return _of(rows.parts()[part], part, i)
+    for source in data.eval if part == "eval" and data.eval else data.train:
         found = encode.look(source, rows.recipe.method, rows.encoder, data, rows.recipe.training.seed, place)
-        if found is None:
-            continue
-        if isinstance(found.encoded, Dropped):
-            return Shown("dropped", place, found.canonical, None, found.encoded.reason)
-        return Shown(f"row of {source.path}", place, found.canonical, found.encoded.ids)
-    raise RecipeError(Problem("--row", f"no row stands at {place}", f"a place such as {rows.parts()[part].place(0)}"))
+        if found is not None:
+            why = found.encoded.reason if isinstance(found.encoded, Dropped) else _ELSEWHERE
+            return Shown(f"not in {part}", place, found.canonical or found.raw.values, None, why)
+    raise RecipeError(Problem("--row", f"no row of {part} stands at {place}", "a place such as pairs.jsonl:17"))
+
+
+_ELSEWHERE = "it is held out, its prompt is in the held-out rows, or more than its source's weight"
 
 
 def _chosen_sides(rows: Opened, shown: Shown, side: str | None) -> dict[str, list[Span]]:
@@ -143,18 +156,22 @@ def _show(rows: Opened, shown: Shown, side: str | None, *, ids: bool) -> None:
     from alignctl.train.display import Display
 
     display = Display(rows.out)
+    sides = {} if shown.ids is None else _chosen_sides(rows, shown, side)
     display.say(f"{shown.title}: {shown.place}")
     if shown.ids is None:
         display.say(f"dropped: {shown.dropped}")
-        display.say(json.dumps(shown.canonical, indent=2, ensure_ascii=False))
+        display.say(json_text(shown.canonical))
         return
     colours = display.console.is_terminal and display.console.color_system is not None
-    for name, spans in _chosen_sides(rows, shown, side).items():
+    for name, spans in sides.items():
         trained = sum(len(span.ids) for span in spans if span.supervised)
         total = sum(len(span.ids) for span in spans)
         display.say("")
         display.console.print(Text(f"{name}: {trained} of {total} tokens are trained", style="bold"))
-        display.console.print(Text("").join(_painted(rows, span, marks=not colours) for span in spans), soft_wrap=True)
+        if colours:
+            display.console.print(Text("").join(_painted(rows, span) for span in spans), soft_wrap=True)
+        else:
+            rows.out.write("".join(map(_marked, spans)) + "\n")
         for span in spans if ids else ():
             display.say(f"{'trained' if span.supervised else 'given'} ids: {span.ids}")
     stops = ", ".join(
@@ -169,10 +186,15 @@ def _tokens(rows: Opened, ids: tuple[int, ...]) -> list[str]:
     return out
 
 
-def _painted(rows: Opened, span: Span, *, marks: bool) -> Text:
-    """A span with its special tokens in magenta and what is trained in green, or between ⟦ ⟧ where colours are not."""
+def _marked(span: Span) -> str:
+    """A span where there are no colours: what is trained stands between ⟦ ⟧."""
+    return f"⟦{harmless(span.text)}⟧" if span.supervised else harmless(span.text)
+
+
+def _painted(rows: Opened, span: Span) -> Text:
+    """A span with its special tokens in magenta and what is trained in green."""
     from rich.text import Text
 
     out = Text(harmless(span.text), style="underline green" if span.supervised else "")
     out.highlight_regex(rows.encoder.special, "magenta")
-    return Text.assemble("⟦", out, "⟧") if marks and span.supervised else out
+    return out

@@ -72,6 +72,12 @@ class Rows:
         """Where row `i` stands in its source."""
         return str(self.table["place"][int(self.order[i])].as_py())
 
+    def find(self, place: str) -> int | None:
+        """The first row that stands at `place`."""
+        numbers = numpy.flatnonzero(pyarrow.compute.equal(self.table["place"], place).to_numpy())
+        found = numpy.flatnonzero(numpy.isin(self.order, numbers))
+        return int(found[0]) if len(found) else None
+
     def dataset(self) -> Any:
         """The ids as a `datasets.Dataset`; its rows are read from disk when they are asked for."""
         from datasets import Dataset

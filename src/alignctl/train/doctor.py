@@ -17,7 +17,7 @@ from alignctl.train.ledger import FIRST, Places
 from alignctl.train.tokenizer import template_hash
 from alignctl.train.tokens import ALIKE_WITHIN, ANSWER_CUT, PROMPT_CUT, RENDERED_ANEW, TURNS_CUT, UNANSWERED, Encoder
 
-SAMPLE = 4000
+SAMPLE = 2000
 WORDS = 2000
 FEWEST = 40
 ALIKE = 0.95
