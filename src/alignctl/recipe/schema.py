@@ -195,6 +195,11 @@ class Training(Section):
     gradient_checkpointing: bool | Literal["auto"] = Field(
         "auto", description="Recompute activations in the backward pass; `auto` is yes on CUDA, no on a CPU."
     )
+    packed: bool | Literal["auto"] = Field(
+        "auto",
+        description="Compute what two answers share once, and no padding; `auto` is yes for the architectures that "
+        "were tested. The first batch is computed both ways and compared.",
+    )
     logging_steps: int = Field(1, gt=0, description="One line of `metrics.jsonl` every so many steps.")
     eval_steps: int | None = Field(None, gt=0, description="Evaluate during training every so many steps.")
     save_steps: int = Field(100, gt=0, description="A checkpoint every so many steps.")

@@ -73,6 +73,16 @@ def table(recipe: Recipe, parts: Parts, trainer: Trainer, train: Rows, held_out:
     return {name: value for name, value in rows.items() if value}
 
 
+def engine(record: dict[str, Any]) -> str:
+    """How batches are computed, from what run.json says of it."""
+    if not record["packed"]:
+        return f"padded: {record['why']}"
+    return (
+        f"packed: {record['packed_tokens']:,} tokens in the first batch instead of {record['padded_tokens']:,}; "
+        f"both ways differ by {record['worst']:.0e} (rounding allows {record['limit']:g})"
+    )
+
+
 def _method(recipe: Recipe) -> str:
     section = recipe.dpo or recipe.orpo
     if section is None:

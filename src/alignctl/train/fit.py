@@ -23,11 +23,12 @@ from alignctl.evaluate import scores
 from alignctl.recipe.load import Loaded
 from alignctl.recipe.schema import Recipe
 from alignctl.rundir import RunDir
-from alignctl.train import card, data, doctor, dpo, facts, heldout, machine, orpo, sft, standin
+from alignctl.train import card, data, doctor, dpo, facts, heldout, machine, orpo, packing, sft, standin
 from alignctl.train.data import Rows
 from alignctl.train.display import Display
 from alignctl.train.guards import Finite, Signals
 from alignctl.train.parts import Parts
+from alignctl.train.parts import engine as engine_of
 from alignctl.train.record import Checkpoints, Metrics, flush
 from alignctl.train.tokenizer import load_encoder
 from alignctl.train.translate import refused, translated
@@ -102,12 +103,36 @@ def assemble(loaded: Loaded, run: RunDir, display: Display, *, smoke: bool) -> J
     built = Parts(where, precision, encoder, train_rows.dataset(), held_out, run.path)
     with display.waiting(f"loading {recipe.model.name_or_path}"), refused():
         trainer = BUILD[recipe.method](recipe, built)
-    run.update(**facts.record(recipe, built, trainer), versions=_versions(), git=_git(), data=_fingerprints(ledger))
-    display.facts(facts.table(recipe, built, trainer, train_rows, eval_rows))
+    engine = _engine(recipe, built, trainer)
+    run.update(
+        **facts.record(recipe, built, trainer),
+        engine=engine,
+        versions=_versions(),
+        git=_git(),
+        data=_fingerprints(ledger),
+    )
+    display.facts(facts.table(recipe, built, trainer, train_rows, eval_rows) | {"engine": facts.engine(engine)})
     warnings = [f"{finding.name}: {finding.said}; {finding.meaning}" for finding in findings if finding.warns]
     for notice in [*facts.notices(recipe, built), *warnings]:
         display.say(f"note: {notice}")
     return Job(recipe, built, trainer, train_rows, eval_rows, run, display)
+
+
+def _engine(recipe: Recipe, parts: Parts, trainer: Trainer) -> dict[str, Any]:
+    """Whether batches are packed, with the first one computed both ways; as run.json holds it.
+
+    Raises:
+        DivergedError: packed and padded differ by more than rounding.
+    """
+    kind = engine_of(recipe, trainer)
+    if kind != "packed":
+        return {"packed": False, "why": kind}
+    count = min(recipe.training.per_device_train_batch_size, len(parts.train))
+    batch = trainer.data_collator([parts.train[i] for i in range(count)])
+    ids, mask = (batch[name].to(trainer.args.device) for name in ("input_ids", "attention_mask"))
+    with trainer.accelerator.autocast():
+        found = packing.verify(trainer.model, ids, mask, parts.precision)
+    return {"packed": True, **asdict(found)}
 
 
 def _computable(recipe: Recipe, where: machine.Machine) -> Recipe:

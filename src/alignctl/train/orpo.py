@@ -31,4 +31,4 @@ def build(recipe: Recipe, parts: Parts) -> Trainer:
         eval_dataset=parts.eval,
         processing_class=parts.encoder.tokenizer,
     )
-    return settle(trainer, parts)
+    return settle(trainer, recipe, parts)

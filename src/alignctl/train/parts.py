@@ -10,9 +10,10 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer
 from trl import DPOTrainer
 
+from alignctl.errors import Problem, RecipeError
 from alignctl.recipe.schema import Recipe
 from alignctl.train import model as models
-from alignctl.train import trl_seam
+from alignctl.train import packing, trl_seam
 from alignctl.train.machine import Machine
 from alignctl.train.tokens import Encoder
 
@@ -41,7 +42,24 @@ class Parts:
         return base if folder is None else models.with_adapter(base, folder)
 
 
-def settle(trainer: Trainer, parts: Parts) -> Trainer:
+def engine(recipe: Recipe, trainer: Trainer) -> str:
+    """`packed`, or why batches are padded.
+
+    Raises:
+        RecipeError: the recipe wants packing where it cannot be.
+    """
+    wanted = recipe.training.packed
+    if wanted is False:
+        return "training.packed is false"
+    reason = packing.why_not(trainer.model, known=wanted == "auto")
+    if trainer.args.torch_compile:
+        reason = "torch_compile needs batches of one shape"
+    if reason and wanted is True:
+        raise RecipeError(Problem("training.packed", f"cannot be: {reason}", "training.packed=auto"))
+    return reason or "packed"
+
+
+def settle(trainer: Trainer, recipe: Recipe, parts: Parts) -> Trainer:
     """Finish what TRL's constructors leave: trained weights in float32, all stop tokens, the compact head.
 
     TRL casts the adapters of a 4-bit model to bfloat16, where a weight w stops moving once the learning rate is below
@@ -51,8 +69,12 @@ def settle(trainer: Trainer, parts: Parts) -> Trainer:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     models.align_generation(trainer.model, parts.encoder)
-    trl_seam.install_head(trainer.model)
+    models_used = [trainer.model]
     if isinstance(trainer, DPOTrainer) and trainer.ref_model is not None:
-        trl_seam.install_head(trainer.ref_model)
+        models_used.append(trainer.ref_model)
+    for model in models_used:
+        trl_seam.install_head(model)
+        if engine(recipe, trainer) == "packed":
+            packing.install(model)
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -23,4 +23,4 @@ def build(recipe: Recipe, parts: Parts) -> Trainer:
         processing_class=parts.encoder.tokenizer,
         peft_config=models.lora_config(recipe),
     )
-    return settle(trainer, parts)
+    return settle(trainer, recipe, parts)
