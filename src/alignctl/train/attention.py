@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -41,6 +42,7 @@ class Segments:
     device: torch.device
     masks: dict[tuple[Segment, int | None], Tensor | None] = field(default_factory=dict)
     varlen: list[Varlen] = field(default_factory=list)
+    flex: dict[int | None, BlockMask] = field(default_factory=dict)
 
     def mask(self, part: Segment, window: int | None) -> Tensor | None:
         """`[length, shared + length]`, True where a token of `part` attends; None where it is plainly causal.
@@ -63,6 +65,27 @@ class Segments:
         if not self.varlen:
             self.varlen.append(Varlen.of(self.parts, self.device))
         return self.varlen[0]
+
+    def blocks(self, window: int | None) -> BlockMask:
+        """The segments as FlexAttention takes them."""
+        if window not in self.flex:
+            size = self.total
+            self.flex[window] = create_block_mask(self._allows(window), None, None, size, size, device=self.device)
+        return self.flex[window]
+
+    def _allows(self, window: int | None) -> Callable[..., Tensor]:
+        columns = zip(*((p.start, p.origin, p.shared) for p in self.parts), strict=True)
+        lengths = torch.tensor([p.length for p in self.parts])
+        start, origin, shared = (torch.tensor(c).repeat_interleave(lengths).to(self.device) for c in columns)
+        position = shared + torch.arange(self.total, device=self.device) - start
+
+        def allows(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            own = (k >= start[q]) & (k <= q)
+            prefix = (k >= origin[q]) & (k < origin[q] + shared[q])
+            seen = own | prefix
+            return seen if window is None else seen & (position[q] - position[k] < window)
+
+        return allows
 
 
 @dataclass(frozen=True)
@@ -150,8 +173,10 @@ def attend(
     wanted = sorted(name for name in _REFUSED if unused.get(name) is not None)
     if wanted:
         raise NotImplementedError(f"attention with {', '.join(wanted)}")
-    if query.is_cuda and softcap is None and not dropout and _flash(query):
-        return _by_varlen(query, key, value, packed, scaling, sliding_window)
+    if query.is_cuda and not dropout:
+        if softcap is None and _flash(query):
+            return _by_varlen(query, key, value, packed, scaling, sliding_window)
+        return _by_flex(torch.compile(flex_attention), query, key, value, packed, scaling, sliding_window, softcap)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -198,6 +223,33 @@ def _by_varlen(
     )
     assert isinstance(out, Tensor)
     return out[None]
+
+
+def _by_flex(
+    flex: Callable[..., Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packed: Segments,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """FlexAttention over the whole sequence, for heads and dtypes that flash attention has no kernel for."""
+
+    def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return score if softcap is None else torch.tanh(score / softcap) * softcap
+
+    out: Tensor = flex(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else capped,
+        block_mask=packed.blocks(window),
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.transpose(1, 2).contiguous()
 
 
 def _softcapped(

@@ -23,28 +23,55 @@ class TokenStatistics(NamedTuple):
     is_top1: Tensor
 
 
-def token_statistics(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> TokenStatistics:
-    """Log-probability of `labels` under `softmax(hidden @ weight.T + bias)`, and what is logged beside it.
+class Scaling(NamedTuple):
+    """What a model does to its logits: `logits * scale`, then `cap * tanh(logits / cap)` where there is a cap."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """Scaled logits."""
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+    def backward(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """The gradient of what `apply` was given, from that of the scaled `logits`."""
+        if self.cap is not None:
+            gradient = gradient * (1 - (logits / self.cap) ** 2)
+        return gradient if self.scale == 1.0 else gradient * self.scale
+
+
+UNSCALED = Scaling()
+
+
+def token_statistics(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scaling: Scaling = UNSCALED
+) -> TokenStatistics:
+    """Log-probability of `labels` under `softmax(scaling(hidden @ weight.T + bias))`, and what is logged beside it.
 
     Args:
         hidden: `[P, H]`.
         weight: `[V, H]`, in the output head.
         bias: `[V]` or None.
         labels: `[P]` token ids.
+        scaling: what the model does to its logits.
     """
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     with torch.autocast(kind, enabled=False):
-        args = (hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), labels)
+        args = (hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), labels, scaling)
         return TokenStatistics(*_TokenStatistics.apply(*args))
 
 
 class _TokenStatistics(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scaling: Scaling
+    ) -> tuple[Tensor, ...]:
         normalisers, columns = [], []
         for rows, ids in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
-            logits = _logits(rows, weight, bias)
+            logits = scaling.apply(_logits(rows, weight, bias))
             chosen = logits.gather(1, ids[:, None]).squeeze(1)
             top = logits.amax(1)
             mean = logits.mean(1)
@@ -57,6 +84,7 @@ class _TokenStatistics(torch.autograd.Function):
         logps, entropy, mean, is_top1 = torch.cat(columns, 1) if columns else hidden.new_zeros(4, 0).float()
         ctx.save_for_backward(hidden, weight, bias, labels, torch.cat(normalisers) if normalisers else logps)
         is_top1 = is_top1.bool()
+        ctx.scaling = scaling
         ctx.mark_non_differentiable(entropy, mean, is_top1)
         return logps, entropy, mean, is_top1
 
@@ -68,10 +96,11 @@ class _TokenStatistics(torch.autograd.Function):
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and ctx.needs_input_grad[2] else None
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
-            d_logits = _logits(hidden[part], weight, bias).sub_(normalisers[part, None]).exp_()
+            logits = ctx.scaling.apply(_logits(hidden[part], weight, bias))
+            d_logits = (logits - normalisers[part, None]).exp_()
             d_logits.mul_(-gradient[part, None])
             d_logits.scatter_add_(1, labels[part, None], gradient[part, None])
-            d_logits = d_logits.to(hidden.dtype)
+            d_logits = ctx.scaling.backward(d_logits, logits).to(hidden.dtype)
             d_hidden[part] = d_logits @ weight
             if d_weight is not None:
                 d_weight += (d_logits.t() @ hidden[part]).float()
@@ -81,6 +110,7 @@ class _TokenStatistics(torch.autograd.Function):
             d_hidden,
             None if d_weight is None else d_weight.to(weight.dtype),
             None if d_bias is None or bias is None else d_bias.to(bias.dtype),
+            None,
             None,
         )
 

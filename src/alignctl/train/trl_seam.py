@@ -22,7 +22,7 @@ from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-from alignctl.train.head import token_statistics
+from alignctl.train.head import Scaling, token_statistics
 from alignctl.train.losses import orpo_loss
 
 Batch = dict[str, Any]
@@ -69,15 +69,15 @@ def install_head(model: Any) -> None:
     """Let `model(…, labels=…, fused_lm_head=True)` project supervised positions only, on every device.
 
     TRL's own fused head (`trl.trainer.utils.add_fused_lm_head`) does so on Triton devices alone; on a CPU it projects
-    prompts and padding too. To go when it is compact everywhere. Models that scale or cap their logits, or route to
-    experts, keep TRL's.
+    prompts and padding too. To go when it is compact everywhere. Models with a router's loss keep TRL's.
     """
     owner = model.get_base_model() if isinstance(model, PeftModel) else model
     if "fused_lm_head" not in owner.forward.__code__.co_varnames:
         add_fused_lm_head(owner, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
     config = owner.config.get_text_config().to_dict()
-    if any(config.get(key) for key in _SCALED) or "output_router_logits" in config:
+    if "output_router_logits" in config:
         return
+    scaling = _scaling(config)
     trl_forward = owner.forward
 
     @functools.wraps(type(owner).forward)
@@ -87,7 +87,7 @@ def install_head(model: Any) -> None:
         kwargs.pop("num_items_in_batch", None)
         hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state[:, :-1]
         head, mask = self.get_output_embeddings(), labels[:, 1:] != -100
-        found = token_statistics(hidden[mask], head.weight, head.bias, labels[:, 1:][mask])
+        found = token_statistics(hidden[mask], head.weight, head.bias, labels[:, 1:][mask], scaling)
         logps, entropy, mean_logits, is_top1 = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in found)
         loss = -logps.sum() / mask.sum().clamp(min=1)
         return FusedCausalLMOutput(
@@ -97,7 +97,16 @@ def install_head(model: Any) -> None:
     owner.forward = types.MethodType(forward, owner)
 
 
-_SCALED = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+def _scaling(config: dict[str, Any]) -> Scaling:
+    """What a model of `config` does to its logits; the keys are those that TRL's fused head knows."""
+    scale = next((config[key] for key in _MULTIPLIERS if config.get(key) is not None), None)
+    if scale is None and config.get("logits_scaling") is not None:
+        divides = config["model_type"] != "hyperclovax"
+        scale = 1 / config["logits_scaling"] if divides else config["logits_scaling"]
+    return Scaling(1.0 if scale is None else scale, config.get("final_logit_softcapping"))
+
+
+_MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 
 
 class IdsSFTTrainer(SFTTrainer):
