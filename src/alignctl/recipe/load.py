@@ -278,6 +278,12 @@ def _pair_rules(found: Tree, sections: dict[str, dict[str, Any]]) -> list[Proble
             "give one weight for each loss",
         ),
         (
+            "dpo.precompute_ref_log_probs",
+            bool(given("dpo.precompute_ref_log_probs")) and given("dpo.ld_alpha") is not None,
+            "whole answers are kept, and dpo.ld_alpha weighs their tokens",
+            "take one of the two away",
+        ),
+        (
             "dpo.label_smoothing",
             "exo_pair" in (losses if isinstance(losses, list) else [losses]) and not given("dpo.label_smoothing"),
             "must be above 0 for exo_pair",

@@ -195,6 +195,11 @@ class Training(Section):
     gradient_checkpointing: bool | Literal["auto"] = Field(
         "auto", description="Recompute activations in the backward pass; `auto` is yes on CUDA, no on a CPU."
     )
+    group_by_length: bool | Literal["auto"] = Field(
+        "auto",
+        description="Deal the rows of an update to its forward passes so that all hold about as many tokens; the "
+        "update stays the same. `auto` is yes with `packed`.",
+    )
     packed: bool | Literal["auto"] = Field(
         "auto",
         description="Compute what two answers share once, and no padding; `auto` is yes for the architectures that "
@@ -224,6 +229,11 @@ class Dpo(Section):
     )
     ld_alpha: float | None = Field(
         None, ge=0, le=1, description="Weight of the tokens beyond the shorter answer's length (LD-DPO)."
+    )
+    precompute_ref_log_probs: bool = Field(
+        False,
+        description="Compute the reference's log-probabilities before training, and keep them for runs on the same "
+        "rows and reference: worth it for more than one epoch, or several runs.",
     )
 
 

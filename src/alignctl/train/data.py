@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -72,18 +72,27 @@ class Rows:
         """Where row `i` stands in its source."""
         return str(self.table["place"][int(self.order[i])].as_py())
 
+    def some(self, numbers: Sequence[int]) -> Rows:
+        """The rows `numbers` alone."""
+        return Rows(self.table, self.order[list(numbers)], self.ledger, self.sources)
+
     def find(self, place: str) -> int | None:
         """The first row that stands at `place`."""
         numbers = numpy.flatnonzero(pyarrow.compute.equal(self.table["place"], place).to_numpy())
         found = numpy.flatnonzero(numpy.isin(self.order, numbers))
         return int(found[0]) if len(found) else None
 
-    def dataset(self) -> Any:
-        """The ids as a `datasets.Dataset`; its rows are read from disk when they are asked for."""
+    def dataset(self, more: Mapping[str, numpy.ndarray] | None = None) -> Any:
+        """The ids as a `datasets.Dataset`, read from disk when they are asked for; and `more` columns of numbers."""
         from datasets import Dataset
         from datasets.table import InMemoryTable
 
-        whole = Dataset(InMemoryTable(self.table.select(self.id_columns)), fingerprint=self.fingerprint)
+        table = self.table.select(self.id_columns)
+        for name, values in (more or {}).items():
+            column = numpy.zeros(table.num_rows, dtype=values.dtype)
+            column[self.order] = values
+            table = table.append_column(name, pyarrow.array(column))
+        whole = Dataset(InMemoryTable(table), fingerprint=self.fingerprint)
         return whole.select(self.order, new_fingerprint=f"{self.fingerprint[:32]}-ordered")
 
     @cached_property

@@ -20,7 +20,7 @@ def build(recipe: Recipe, parts: Parts) -> Trainer:
     """
     assert recipe.dpo is not None
     common = arguments.common(recipe, parts.machine, parts.precision, parts.run)
-    method = recipe.dpo.model_dump(exclude_none=True)
+    method = recipe.dpo.model_dump(exclude_none=True, exclude={"precompute_ref_log_probs"})
     trainer = IdsDPOTrainer(
         model=parts.start(recipe),
         ref_model=None if recipe.trains_adapter else parts.base(recipe),

@@ -80,6 +80,7 @@ def engine(record: dict[str, Any]) -> str:
     return (
         f"packed: {record['packed_tokens']:,} tokens in the first batch instead of {record['padded_tokens']:,}; "
         f"both ways differ by {record['worst']:.0e} (rounding allows {record['limit']:g})"
+        + (f"; reference log-probabilities: cache {record['reference_cache']}" if "reference_cache" in record else "")
     )
 
 

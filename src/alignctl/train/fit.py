@@ -23,7 +23,22 @@ from alignctl.evaluate import scores
 from alignctl.recipe.load import Loaded
 from alignctl.recipe.schema import Recipe
 from alignctl.rundir import RunDir
-from alignctl.train import card, data, doctor, dpo, facts, heldout, machine, orpo, packing, sft, standin
+from alignctl.train import (
+    card,
+    data,
+    doctor,
+    dpo,
+    facts,
+    heldout,
+    machine,
+    orpo,
+    packing,
+    reference,
+    sft,
+    standin,
+    trl_seam,
+)
+from alignctl.train.batches import Balanced
 from alignctl.train.data import Rows
 from alignctl.train.display import Display
 from alignctl.train.guards import Finite, Signals
@@ -104,6 +119,12 @@ def assemble(loaded: Loaded, run: RunDir, display: Display, *, smoke: bool) -> J
     with display.waiting(f"loading {recipe.model.name_or_path}"), refused():
         trainer = BUILD[recipe.method](recipe, built)
     engine = _engine(recipe, built, trainer)
+    if _balances(recipe, packed=engine["packed"]):
+        sizes = train_rows.sizes().tolist()
+        trl_seam.install_sampler(trainer, Balanced(sizes, *_update(recipe), recipe.training.seed))
+    if recipe.dpo is not None and recipe.dpo.precompute_ref_log_probs:
+        with display.waiting("the reference's log-probabilities"):
+            engine["reference_cache"] = _precompute(trainer, precision, train_rows, eval_rows)
     run.update(
         **facts.record(recipe, built, trainer),
         engine=engine,
@@ -116,6 +137,28 @@ def assemble(loaded: Loaded, run: RunDir, display: Display, *, smoke: bool) -> J
     for notice in [*facts.notices(recipe, built), *warnings]:
         display.say(f"note: {notice}")
     return Job(recipe, built, trainer, train_rows, eval_rows, run, display)
+
+
+def _precompute(trainer: Trainer, precision: torch.dtype, train: Rows, held_out: Rows | None) -> str:
+    """Give training and held-out rows their reference log-probabilities; says where the first came from."""
+    trainer.train_dataset, said = reference.precompute(trainer, train, precision)
+    if held_out is not None:
+        trainer.eval_dataset, _ = reference.precompute(trainer, held_out, precision)
+    trainer.precompute_ref_logps = True
+    return said
+
+
+def _update(recipe: Recipe) -> tuple[int, int]:
+    """Rows of a forward pass, and passes of an update."""
+    return recipe.training.per_device_train_batch_size, recipe.training.gradient_accumulation_steps
+
+
+def _balances(recipe: Recipe, *, packed: bool) -> bool:
+    """Whether the rows of an update are dealt to its passes by their tokens."""
+    wanted = recipe.training.group_by_length
+    if "train_sampling_strategy" in recipe.trl or recipe.training.gradient_accumulation_steps == 1:
+        return False
+    return packed if wanted == "auto" else wanted
 
 
 def _engine(recipe: Recipe, parts: Parts, trainer: Trainer) -> dict[str, Any]:

@@ -78,6 +78,16 @@ def _rows(trainer: Trainer, rows: Rows) -> HeldOut:
     return HeldOut(sum(losses) / len(rows), RowScores(*_in_order(parts)), None)
 
 
+def reference(trainer: Trainer, rows: Rows) -> list[list[float]]:
+    """What the reference makes of `rows`: log-probabilities of chosen and of rejected answers, two lists of `n`."""
+    was_training = trainer.model.training
+    trainer.model.eval()
+    with trl_seam.given_reference(trainer):
+        found = _reference(trainer, rows)
+    trainer.model.train(was_training)
+    return found
+
+
 def _reference(trainer: Trainer, rows: Rows) -> list[list[float]]:
     """Log-probabilities of chosen and rejected answers under a DPO trainer's reference: two lists of `n`."""
     parts = []

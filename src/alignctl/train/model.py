@@ -134,10 +134,15 @@ def with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     return PeftModel.from_pretrained(base, folder, is_trainable=True)
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """SHA-256 over every parameter's name, shape, dtype and 64 of its values, evenly spaced."""
+def fingerprint(model: torch.nn.Module, without: str | None = None) -> str:
+    """SHA-256 over every parameter's name, shape, dtype and 64 of its values, evenly spaced.
+
+    Parameters whose name holds `without` are left out.
+    """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
+        if without is not None and without in name:
+            continue
         values = parameter.detach().reshape(-1)
         step = max(1, values.numel() // 64)
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())

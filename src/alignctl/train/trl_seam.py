@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
+from torch.utils.data import Sampler
 from transformers import Trainer
 from trl import DPOTrainer, SFTTrainer
 from trl.experimental.orpo import ORPOTrainer
@@ -63,6 +64,15 @@ def given_reference(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.precompute_ref_logps, trainer.ld_alpha = before
+
+
+def install_sampler(trainer: Trainer, sampler: Sampler[int]) -> None:
+    """Let `trainer` take its training rows in the order of `sampler`.
+
+    transformers' Trainer chooses among samplers of its own and takes no other; its `batch_rebalance` makes passes of
+    unlike row counts, and a mean over such passes weighs rows unlike. To go when a sampler can be given.
+    """
+    trainer._get_train_sampler = lambda train_dataset=None: sampler
 
 
 def install_head(model: Any) -> None:
