@@ -1,4 +1,4 @@
-"""TRL's own trainer and alignctl's in one run: same rows, same model, same seed, a step of the one, a step of the other.
+"""TRL's own trainer and alignctl's in one run, a step of the one and a step of the other: same rows, model and seed.
 
 TRL's trainer is as it comes, with its own collator, head and loss; it is only given the token ids, because it would
 tokenize differently. Each trainer takes its first step, which nothing counts, by its own `train()`. Every memory figure
@@ -10,9 +10,6 @@ python benchmarks/pairs.py --method dpo --batch-size 4
 from __future__ import annotations
 
 import argparse
-import contextlib
-import gc
-import importlib.metadata
 import json
 import os
 import platform
@@ -22,9 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +42,11 @@ from alignctl.train.parts import Parts
 from alignctl.train.tokenizer import load_encoder
 from alignctl.train.trl_seam import Batch, IdsDPOTrainer, IdsSFTTrainer
 
+ENGINES = ("trl", "ours")
 MIB = 2**20
 # For both trainers: the rows in their order, and nothing written or counted beside the training.
-PLAIN = {
-    "train_sampling_strategy": "sequential",
-    "save_strategy": "no",
-    "logging_strategy": "no",
-    "include_num_input_tokens_seen": False,
-}
+PLAIN = {"train_sampling_strategy": "sequential", "include_num_input_tokens_seen": False}
+PLAIN |= {"save_strategy": "no", "logging_strategy": "no"}
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 TRAINING = {"learning_rate": 5e-5, "lr_scheduler_type": "constant", "max_steps": 1}
 
@@ -71,20 +65,20 @@ class TrlORPOTrainer(ORPOTrainer):
 
 
 def build_trl(recipe: Recipe, parts: Parts) -> Trainer:
-    """TRL's trainer as it comes, with the arguments that alignctl gives it; its adapter is float32, as alignctl's is."""
+    """TRL's trainer as it comes, given alignctl's arguments; its adapter is float32, as alignctl's is."""
     common = arguments.common(recipe, parts.machine, parts.precision, parts.run)
-    shared = {"train_dataset": parts.train, "processing_class": parts.encoder.tokenizer}
+    given: dict[str, Any] = {"train_dataset": parts.train, "processing_class": parts.encoder.tokenizer}
     model, lora = parts.start(recipe), models.lora_config(recipe)
     trainer: Trainer
     if recipe.dpo is not None:
-        args = DPOConfig(**recipe.dpo.model_dump(exclude_none=True), **common)
-        trainer = IdsDPOTrainer(model, args=args, peft_config=lora, **shared)
+        dpo = DPOConfig(**recipe.dpo.model_dump(exclude_none=True), **common)
+        trainer = IdsDPOTrainer(model, args=dpo, peft_config=lora, **given)
     elif recipe.orpo is not None:
-        args = ORPOConfig(beta=recipe.orpo.beta, remove_unused_columns=False, **common)
-        trainer = TrlORPOTrainer(get_peft_model(model, lora), args, **shared)
+        orpo = ORPOConfig(beta=recipe.orpo.beta, remove_unused_columns=False, **common)
+        trainer = TrlORPOTrainer(get_peft_model(model, lora), orpo, **given)
     else:
-        args = SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, **common)
-        trainer = IdsSFTTrainer(model, args=args, peft_config=lora, **shared)
+        sft = SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, **common)
+        trainer = IdsSFTTrainer(model, args=sft, peft_config=lora, **given)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -92,18 +86,10 @@ def build_trl(recipe: Recipe, parts: Parts) -> Trainer:
     return trainer
 
 
-def build_ours(recipe: Recipe, parts: Parts) -> Trainer:
-    """The trainer that `alignctl` trains with."""
-    return fit.BUILD[recipe.method](recipe, parts)
-
-
-BUILD: dict[str, Callable[[Recipe, Parts], Trainer]] = {"trl": build_trl, "ours": build_ours}
-
-
 def build(engine: str, recipe: Recipe, parts: Parts) -> Trainer:
-    """The trainer of an engine, whose adapter starts alike in both."""
+    """The trainer of an engine; its adapter starts alike in both."""
     set_seed(recipe.training.seed)
-    return BUILD[engine](recipe, parts)
+    return build_trl(recipe, parts) if engine == "trl" else fit.BUILD[recipe.method](recipe, parts)
 
 
 @dataclass(frozen=True)
@@ -121,13 +107,14 @@ def update(trainer: Trainer, rows: list[Batch]) -> Step:
     formed = [trainer.tokenize_row(row) for row in rows] if isinstance(trainer, ORPOTrainer) else rows
     batch = trainer.data_collator(formed)
     count = computed(trainer, batch)
-    wait(trainer)
+    wait = getattr(torch, trainer.args.device.type).synchronize  # does nothing on a CPU
+    wait()
     began, cpu = time.perf_counter(), time.process_time()
     loss = trainer.training_step(trainer.model_wrapped, batch)
     trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
     trainer.optimizer.step()
     trainer.model.zero_grad()
-    wait(trainer)
+    wait()
     return Step(time.perf_counter() - began, time.process_time() - cpu, count, loss.item())
 
 
@@ -142,30 +129,24 @@ def computed(trainer: Trainer, batch: Batch) -> int:
     return ids.numel()
 
 
-def wait(trainer: Trainer) -> None:
-    """Let a GPU finish."""
-    if trainer.args.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def facts(where: machine.Machine) -> dict[str, Any]:
     """Where and when a measurement was made, and of what."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    versions = {"python": platform.python_version()} | {name: version(name) for name in fit.PACKAGES}
     return {
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{where.name}; {cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in fit.PACKAGES},
+        "versions": versions,
     }
 
 
 def heading(found: dict[str, Any]) -> str:
-    """The facts as a line of Markdown."""
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return f"`{found['command']}`, {found['date']}, {found['machine']}, {versions}.\n"
+    """The facts in Markdown."""
+    versions = ", ".join(map(" ".join, found["versions"].items()))
+    return f"`{found['command']}`, {found['date']}, {found['machine']}; {versions}.\n"
 
 
 def pick(device: str | None) -> machine.Machine:
@@ -180,16 +161,14 @@ def pick(device: str | None) -> machine.Machine:
 
 def recipe_of(args: argparse.Namespace, where: machine.Machine) -> Recipe:
     """What both trainers are built from."""
-    default = yaml.safe_load((catalog.folder() / "_base" / "smollm2.yaml").read_text(encoding="utf-8"))["model"]
-    name = args.model or default["name_or_path"]
-    model = {"name_or_path": str(Path(name).resolve()) if Path(name).is_dir() else name}
-    if name == default["name_or_path"]:
-        model["revision"] = default["revision"]
+    base = yaml.safe_load((catalog.folder() / "_base" / "smollm2.yaml").read_text(encoding="utf-8"))
+    model = {"name_or_path": args.model} if args.model else base["model"]
     source: dict[str, Any] = {"path": str(args.data or catalog.folder() / "data" / "brief" / "train.jsonl")}
     if args.method == "sft" and (args.answer or not args.data):
         source["answer"] = "chosen"
+    model |= {"dtype": args.dtype or ("bfloat16" if where.kind == "cuda" else "float32")}
     values = {
-        "model": {**model, "dtype": args.dtype or ("bfloat16" if where.kind == "cuda" else "float32")},
+        "model": model,
         "lora": LORA,
         "data": {"train": [source], "max_length": args.max_length},
         "training": {**TRAINING, "per_device_train_batch_size": args.batch_size},
@@ -199,83 +178,65 @@ def recipe_of(args: argparse.Namespace, where: machine.Machine) -> Recipe:
     return Recipe.model_validate(values)
 
 
-def load(recipe: Recipe, where: machine.Machine, steps: int, scratch: str) -> Parts:
-    """The rows of one step that is not counted and of `steps` that are, in their order."""
-    encoder = load_encoder(recipe)
+def load(recipe: Recipe, where: machine.Machine, steps: int, scratch: str) -> tuple[Parts, list[list[Batch]]]:
+    """What the trainers are built from, and the rows of each step that counts; those of the warm-up come first."""
+    encoder, size = load_encoder(recipe), recipe.training.per_device_train_batch_size
     rows, _ = data.read(recipe, encoder)
-    count = recipe.training.per_device_train_batch_size * (steps + 1)
-    taken = Dataset.from_list([rows.encoded(i % len(rows)) for i in range(count)])
-    return Parts(where, where.precision(recipe.model.dtype), encoder, taken, None, Path(scratch))
+    taken = [rows.encoded(i % len(rows)) for i in range(size * (steps + 1))]
+    parts = Parts(where, where.precision(recipe.model.dtype), encoder, Dataset.from_list(taken), None, Path(scratch))
+    return parts, [taken[start : start + size] for start in range(size, len(taken), size)]
 
 
-def batches(recipe: Recipe, parts: Parts) -> list[list[Batch]]:
-    """The rows of each step that is counted."""
-    size, rows = recipe.training.per_device_train_batch_size, parts.train.to_list()
-    return [rows[start : start + size] for start in range(size, len(rows), size)]
-
-
-def alternate(recipe: Recipe, parts: Parts) -> list[dict[str, Step]]:
+def alternate(recipe: Recipe, parts: Parts, batches: list[list[Batch]]) -> list[dict[str, Step]]:
     """Every step by both trainers, which take turns at being first."""
-    trainers = {engine: build(engine, recipe, parts) for engine in BUILD}
+    trainers = {engine: build(engine, recipe, parts) for engine in ENGINES}
     for trainer in trainers.values():
         trainer.train()
-    steps = []
-    for i, rows in enumerate(batches(recipe, parts)):
-        order = list(BUILD) if i % 2 == 0 else list(BUILD)[::-1]
-        steps.append({engine: update(trainers[engine], rows) for engine in order})
-    return steps
+    orders = [ENGINES if i % 2 else ENGINES[::-1] for i in range(len(batches))]
+    return [{each: update(trainers[each], rows) for each in order} for order, rows in zip(orders, batches, strict=True)]
 
 
-def memory(engine: str, recipe: Recipe, parts: Parts) -> dict[str, float]:
-    """Peak memory of training with one engine in this process, and the part above the loaded model, in MiB."""
+def memory(engine: str, recipe: Recipe, parts: Parts, batches: list[list[Batch]]) -> dict[str, float]:
+    """Peak memory of one engine in this process, and the part above the loaded model, in MiB: of the longest batch."""
     trainer = build(engine, recipe, parts)
     for parameter in trainer.model.parameters():
         parameter.sum()  # a mapped file counts only where it was read
-    gc.collect()
-    on_gpu = parts.machine.kind == "cuda"
+    on_gpu, forget = parts.machine.kind == "cuda", Path("/proc/self/clear_refs")
     loaded = torch.cuda.memory_allocated() if on_gpu else psutil.Process().memory_info().rss
-    with contextlib.suppress(OSError):  # forget the peak of loading; Linux only
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
+    elif forget.exists():  # Linux
+        forget.write_text("5", encoding="ascii")
     trainer.train()
-    for rows in batches(recipe, parts):
-        update(trainer, rows)
+    update(trainer, max(batches, key=lambda rows: max(sum(map(len, row.values())) for row in rows)))
     peak = parts.machine.peak_memory_gib() * 1024
     return {"peak": peak, "above_model": peak - loaded / MIB}
 
 
-def memory_apart(engine: str) -> dict[str, float]:
+def memory_apart(engine: str, scratch: str) -> dict[str, float]:
     """`memory` in a process of its own."""
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "memory.json"
-        command = [sys.executable, __file__, *sys.argv[1:], "--only", engine, "--json", str(file)]
-        subprocess.run(command, check=True)
-        found: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
-        return found
+    file = Path(scratch) / "memory.json"
+    subprocess.run([sys.executable, *sys.argv, "--only", engine, "--json", str(file)], check=True)
+    return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
 def results(steps: list[dict[str, Step]], used: dict[str, dict[str, float]], size: int) -> dict[str, Any]:
     """What came out; every ratio is TRL's over ours, of steps their median."""
-
-    def ratios(name: str) -> list[float]:
-        return [getattr(step["trl"], name) / getattr(step["ours"], name) for step in steps]
-
-    def mean(name: str) -> dict[str, float]:
-        return {engine: statistics.mean(getattr(step[engine], name) for step in steps) for engine in BUILD}
-
-    measured, predicted = ratios("seconds"), statistics.median(ratios("tokens"))
+    ratios, mean = {}, {}
+    for name in ("seconds", "cpu_seconds", "tokens"):
+        ratios[name] = [getattr(step["trl"], name) / getattr(step["ours"], name) for step in steps]
+        mean[name] = {engine: statistics.mean(getattr(step[engine], name) for step in steps) for engine in ENGINES}
+    ratio, predicted = statistics.median(ratios["seconds"]), statistics.median(ratios["tokens"])
     return {
-        "rows_per_second": {engine: size / seconds for engine, seconds in mean("seconds").items()},
-        "ratio": statistics.median(measured),
-        "ratio_min": min(measured),
-        "ratio_max": max(measured),
-        "cpu_seconds": mean("cpu_seconds"),
-        "cpu_ratio": statistics.median(ratios("cpu_seconds")),
-        "tokens": mean("tokens"),
+        "rows_per_second": {engine: size / seconds for engine, seconds in mean["seconds"].items()},
+        "ratio": ratio,
+        "ratio_span": [min(ratios["seconds"]), max(ratios["seconds"])],
+        "cpu_seconds": mean["cpu_seconds"],
+        "cpu_ratio": statistics.median(ratios["cpu_seconds"]),
+        "tokens": mean["tokens"],
         "predicted_ratio": predicted,
-        "share_reached": statistics.median(measured) / predicted,
-        "memory_mib": used,
+        "share_reached": ratio / predicted,
+        "memory_mib": {part: {engine: used[engine][part] for engine in ENGINES} for part in used["ours"]},
         "memory_ratio": {part: used["trl"][part] / used["ours"][part] for part in used["ours"]},
         "loss_difference": max(abs(step["trl"].loss - step["ours"].loss) for step in steps),
     }
@@ -283,44 +244,39 @@ def results(steps: list[dict[str, Step]], used: dict[str, dict[str, float]], siz
 
 def table(found: dict[str, Any], unit: str) -> str:
     """The results as Markdown."""
-
-    def line(what: str, values: dict[str, float], ratio: str, form: str) -> str:
-        return f"| {what} | {values['trl']:{form}} | {values['ours']:{form}} | {ratio} |"
-
-    spread = f"{found['ratio']:.2f} ({found['ratio_min']:.2f} to {found['ratio_max']:.2f})"
-    part = {name: {engine: found["memory_mib"][engine][name] for engine in BUILD} for name in found["memory_ratio"]}
-    memory_ratio = {name: f"{ratio:.2f}" for name, ratio in found["memory_ratio"].items()}
-    lines = [
-        "| | TRL | alignctl | ratio, median (least to most) |",
-        "|---|---|---|---|",
-        line(f"{unit} a second", found["rows_per_second"], spread, ".2f"),
-        line("CPU seconds a step", found["cpu_seconds"], f"{found['cpu_ratio']:.2f}", ".2f"),
-        line("tokens computed a step", found["tokens"], f"{found['predicted_ratio']:.2f}", ",.0f"),
-        f"| speed reached of what the tokens predict | | | {found['share_reached']:.0%} |",
-        line("peak memory, MiB", part["peak"], memory_ratio["peak"], ",.0f"),
-        line("of it above the loaded model", part["above_model"], memory_ratio["above_model"], ",.0f"),
-        f"| largest difference in loss | | | {found['loss_difference']:.1e} |",
-    ]
-    return "\n".join(lines)
+    least, most = found["ratio_span"]
+    used, less = found["memory_mib"], found["memory_ratio"]
+    lines = ["| | TRL | alignctl | ratio, median (least to most) |", "|---|---|---|---|"]
+    for what, values, form, ratio, more in (
+        (f"{unit} a second", found["rows_per_second"], ".2f", found["ratio"], f" ({least:.2f} to {most:.2f})"),
+        ("CPU seconds a step", found["cpu_seconds"], ".2f", found["cpu_ratio"], ""),
+        ("tokens computed a step", found["tokens"], ",.0f", found["predicted_ratio"], ""),
+        ("peak memory, MiB", used["peak"], ",.0f", less["peak"], ""),
+        ("of it above the loaded model", used["above_model"], ",.0f", less["above_model"], ""),
+    ):
+        lines.append(f"| {what} | {values['trl']:{form}} | {values['ours']:{form}} | {ratio:.2f}{more} |")
+    lines.append(f"| speed ratio reached of what the tokens predict | | | {found['share_reached']:.0%} |")
+    return "\n".join([*lines, f"| largest difference in loss | | | {found['loss_difference']:.1e} |"])
 
 
 def parsed() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", choices=list(fit.BUILD), default="dpo")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=10, help="steps that count; one more warms up")
-    parser.add_argument("--model", help="a folder or what `model.name_or_path` takes; default: SmolLM2-135M-Instruct")
-    parser.add_argument("--data", type=Path, help="rows in any form that alignctl reads; default: the demo's")
-    parser.add_argument("--answer", action="store_true", help="sft on --data with pairs: train on the chosen answers")
-    parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, else float32")
-    parser.add_argument("--json", type=Path, help="write everything here too")
-    parser.add_argument("--small", action="store_true", help="few steps: about a minute for each method on a CPU")
-    parser.add_argument("--only", choices=list(BUILD), help="only the memory of one of the two, for --json")
+    add = parser.add_argument
+    add("--method", choices=list(fit.BUILD), default="dpo")
+    add("--batch-size", type=int, default=4, help="rows or pairs")
+    add("--steps", type=int, default=10, help="steps that count; one more warms up")
+    add("--model", help="a folder, or what `model.name_or_path` takes; default: SmolLM2-135M-Instruct")
+    add("--data", type=Path, help="rows in any form that alignctl reads; default: the demo's")
+    add("--answer", action="store_true", help="sft on --data with pairs: train on the chosen answers")
+    add("--max-length", type=int, default=512)
+    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, else float32")
+    add("--json", type=Path, help="write everything here too")
+    add("--small", action="store_true", help="3 steps of 2 rows: about a minute on a CPU")
+    add("--only", choices=ENGINES, help="only the memory of one of the two, for --json")
     args = parser.parse_args()
-    args.steps = min(args.steps, 3) if args.small else args.steps
+    args.batch_size, args.steps = (2, 3) if args.small else (args.batch_size, args.steps)
     return args
 
 
@@ -328,14 +284,14 @@ def main() -> None:
     args = parsed()
     where = pick(args.device)
     recipe = recipe_of(args, where)
-    # The memory first: a process inherits the peak of the one that starts it.
-    used = {} if args.only else {engine: memory_apart(engine) for engine in BUILD}
     with tempfile.TemporaryDirectory() as scratch:
-        parts = load(recipe, where, args.steps, scratch)
+        # The memory first: a process inherits the peak of the one that starts it.
+        used = {} if args.only else {engine: memory_apart(engine, scratch) for engine in ENGINES}
+        given = load(recipe, where, args.steps, scratch)
         if args.only:
-            args.json.write_text(json.dumps(memory(args.only, recipe, parts)), encoding="utf-8")
+            args.json.write_text(json.dumps(memory(args.only, recipe, *given)), encoding="utf-8")
             return
-        steps = alternate(recipe, parts)
+        steps = alternate(recipe, *given)
     found = facts(where) | results(steps, used, args.batch_size)
     found |= {"settings": recipe.model_dump(), "steps": [{k: asdict(v) for k, v in step.items()} for step in steps]}
     print(heading(found))

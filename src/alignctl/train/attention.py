@@ -173,6 +173,9 @@ def attend(
     wanted = sorted(name for name in _REFUSED if unused.get(name) is not None)
     if wanted:
         raise NotImplementedError(f"attention with {', '.join(wanted)}")
+    if torch.is_autocast_enabled(query.device.type):  # float32 weights give float32 queries beside lower values
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if query.is_cuda and not dropout:
         if softcap is None and _flash(query):
             return _by_varlen(query, key, value, packed, scaling, sliding_window)

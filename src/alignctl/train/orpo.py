@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peft import get_peft_model
-from transformers import Trainer
+from transformers import Trainer, set_seed
 from trl.experimental.orpo import ORPOConfig
 
 from alignctl.recipe.schema import Recipe
@@ -20,6 +20,7 @@ def build(recipe: Recipe, parts: Parts) -> Trainer:
     model = parts.start(recipe)
     lora = models.lora_config(recipe)
     if lora is not None:
+        set_seed(recipe.training.seed)  # the Trainer does so too late for the adapter's random half
         # Given to TRL's ORPO, the config would make it upcast a 4-bit model's embeddings, norms and head to float32.
         model = get_peft_model(model, lora)
     trainer = IdsORPOTrainer(

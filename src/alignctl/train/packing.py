@@ -106,6 +106,8 @@ def why_not(model: PreTrainedModel, *, known: bool = True) -> str:
     config = backbone(model).config
     if known and config.model_type not in PACKS:
         return f"{config.model_type} is not among the architectures that packing was tested with"
+    if config.to_dict().get("use_bidirectional_attention"):
+        return "attention that looks ahead cannot share a prefix"
     if "output_router_logits" in config.to_dict():
         return "a router's loss is taken over padded batches"
     return ""
@@ -136,7 +138,10 @@ def verify(model: PreTrainedModel, ids: Tensor, mask: Tensor, precision: torch.d
 
     Raises:
         DivergedError: they do.
+        ValueError: the rows are not padded on the right.
     """
+    if not _is_packable(mask, {}):
+        raise ValueError("rows must be padded on the right to be packed")
     found = compare(model, ids, mask, precision)
     if not found.worst <= found.limit:
         what = f"the first batch packed and padded differ by {found.worst:.1e}, more than rounding ({found.limit:g})"
@@ -190,19 +195,13 @@ def uninstall(model: PreTrainedModel) -> None:
 
 def _is_packable(mask: Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether a batch is one of training: no cache, no positions or outputs of its own, and padded on the right."""
-    if mask.ndim != 2 or kwargs.get("use_cache") or any(kwargs.get(name) is not None for name in _OWN):
+    if mask.ndim != 2 or any(kwargs.get(name) for name in _FLAGS) or any(kwargs.get(n) is not None for n in _OWN):
         return False
     return bool((mask[:, 1:] <= mask[:, :-1]).all())
 
 
-_OWN = (
-    "past_key_values",
-    "position_ids",
-    "inputs_embeds",
-    "output_hidden_states",
-    "output_attentions",
-    "output_router_logits",
-)
+_OWN = ("past_key_values", "position_ids", "inputs_embeds")
+_FLAGS = ("use_cache", "output_hidden_states", "output_attentions", "output_router_logits")
 
 
 @contextmanager

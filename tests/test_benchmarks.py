@@ -1,0 +1,112 @@
+"""The benchmarks that compare with TRL's own trainers, in their smallest form; their figures mean nothing here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from alignctl.recipe.schema import Recipe
+from alignctl.train import standin
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A benchmark on one thread, without a hub and without a GPU."""
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(FOLDER / name), *arguments]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """benchmarks/gpu.py as a module."""
+    monkeypatch.syspath_prepend(FOLDER)
+    import gpu
+
+    return gpu
+
+
+def test_pairs(tmp_path: Path) -> None:
+    values: dict[str, Any] = {
+        "model": {"name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct"},
+        "data": {"train": [{"path": "none"}]},
+        "training": {"learning_rate": 1e-4},
+        "orpo": {},
+    }
+    standin.stand_in(Recipe.model_validate(values), tmp_path)
+    file = tmp_path / "out.json"
+    options = ["--method", "orpo", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "train.jsonl")]
+    done = run("pairs.py", *options, "--batch-size", "2", "--steps", "2", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())
+    assert {"command", "date", "machine", "versions", "settings"} <= found.keys()
+    assert [set(step) for step in found["steps"]] == [{"trl", "ours"}] * 2
+    least, most = found["ratio_span"]
+    assert 0 < least <= found["ratio"] <= most
+    assert found["share_reached"] == pytest.approx(found["ratio"] / found["predicted_ratio"])
+    assert found["predicted_ratio"] > 1.1 and found["cpu_ratio"] > 0
+    for engine in ("trl", "ours"):
+        assert found["memory_mib"]["peak"][engine] > found["memory_mib"]["above_model"][engine] > 0
+    assert found["loss_difference"] < 1e-4
+    assert f"{found['ratio']:.2f} (" in done.stdout and found["machine"] in done.stdout
+
+
+def test_gpu_grid(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    done = run("gpu.py", "--tiny", "--method", "dpo", "--batch", "1,2", "--length", "24", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())
+    assert [(at["batch"], at["length"]) for at in found["cells"]] == [(1, 24), (2, 24)]
+    for at in found["cells"]:
+        assert at["trl"]["result"] == at["ours"]["result"] == "ok"
+        assert at["trl"]["tokens"] == 2 * at["batch"] * at["length"] > at["ours"]["tokens"]
+        assert at["loss_difference"] < 1e-4 and at["ratio"] > 0
+        assert len(set(at["ours"]["losses"])) > 1
+    assert len(done.stdout.strip().splitlines()) == 6
+
+
+def test_gpu_needs_cuda() -> None:
+    done = run("gpu.py")
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (4, "no CUDA device here")
+
+
+def test_what_does_not_fit_is_a_cell(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def update(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(gpu.pairs, "update", update)
+    monkeypatch.setattr(gpu, "fresh", lambda *_: None)
+
+    class Stub:
+        class args:  # noqa: N801
+            device = torch.device("cpu")
+
+    out = gpu.cell(Stub(), {}, [])
+    assert out == {"result": "OOM"}
+    assert gpu.compared({"trl": out, "ours": {"result": "ok"}}) == {}
+    assert "| OOM | OOM |" in gpu.table([{"batch": 8, "length": 2048, "trl": out, "ours": out}])
+
+
+def test_every_layer_but_the_head_is_in_4_bits(gpu: ModuleType) -> None:
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4
+    )
+    model = LlamaForCausalLM(config).bfloat16()
+    ids = torch.arange(12)[None]
+    before = model(ids).logits
+    gpu.quantise(model)
+    layers = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
+    assert len(layers) == 7 and model.lm_head not in layers
+    assert all(layer.weight.quant_state.nested and layer.weight.quant_type == "nf4" for layer in layers)
+    assert torch.nn.functional.cosine_similarity(before, model(ids).logits, dim=-1).min() > 0.9
