@@ -1,8 +1,8 @@
 """TRL's own trainer and alignctl's in one run, a step of the one and a step of the other: same rows, model and seed.
 
 TRL's trainer is as it comes, with its own collator, head and loss; it is only given the token ids, because it would
-tokenize differently. Each trainer takes its first step, which nothing counts, by its own `train()`. Every memory figure
-is of a process that holds one of the two.
+tokenize differently. Each takes its first step, which does not count, by its own `train()`. Memory is measured in a
+process for each.
 
 python benchmarks/pairs.py --method dpo --batch-size 4
 """
@@ -10,6 +10,7 @@ python benchmarks/pairs.py --method dpo --batch-size 4
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -106,27 +107,23 @@ def update(trainer: Trainer, rows: list[Batch]) -> Step:
     """One update on `rows` of a trainer that `train()` has set up."""
     formed = [trainer.tokenize_row(row) for row in rows] if isinstance(trainer, ORPOTrainer) else rows
     batch = trainer.data_collator(formed)
-    count = computed(trainer, batch)
-    wait = getattr(torch, trainer.args.device.type).synchronize  # does nothing on a CPU
-    wait()
     began, cpu = time.perf_counter(), time.process_time()
     loss = trainer.training_step(trainer.model_wrapped, batch)
     trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
     trainer.optimizer.step()
     trainer.model.zero_grad()
-    wait()
-    return Step(time.perf_counter() - began, time.process_time() - cpu, count, loss.item())
+    getattr(torch, trainer.args.device.type).synchronize()  # does nothing on a CPU
+    return Step(time.perf_counter() - began, time.process_time() - cpu, computed(trainer, batch), loss.item())
 
 
 def computed(trainer: Trainer, batch: Batch) -> int:
     """How many tokens one pass over `batch` computes, padding included where there is any."""
     if "chosen_input_ids" in batch:
         sides = [batch["chosen_input_ids"], batch["rejected_input_ids"]]
-        return sum(len(side) for side in sides) * max(side.shape[1] for side in sides)
-    ids: torch.Tensor = batch["input_ids"]
-    if getattr(packing.backbone(trainer.model), "packs", False):
-        return packing.lay_out(ids, batch["attention_mask"]).segments.total
-    return ids.numel()
+        return 2 * len(sides[0]) * max(side.shape[1] for side in sides)
+    packs = getattr(packing.backbone(trainer.model), "packs", False)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    return packing.lay_out(ids, mask).segments.total if packs else ids.numel()
 
 
 def facts(where: machine.Machine) -> dict[str, Any]:
@@ -134,13 +131,10 @@ def facts(where: machine.Machine) -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    found = f"{where.name}; {cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     versions = {"python": platform.python_version()} | {name: version(name) for name in fit.PACKAGES}
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{where.name}; {cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "versions": versions,
-    }
+    made = {"command": shlex.join(["python", *sys.argv]), "date": str(datetime.now(UTC).date())}
+    return {**made, "machine": found, "versions": versions}
 
 
 def heading(found: dict[str, Any]) -> str:
@@ -163,9 +157,8 @@ def recipe_of(args: argparse.Namespace, where: machine.Machine) -> Recipe:
     """What both trainers are built from."""
     base = yaml.safe_load((catalog.folder() / "_base" / "smollm2.yaml").read_text(encoding="utf-8"))
     model = {"name_or_path": args.model} if args.model else base["model"]
-    source: dict[str, Any] = {"path": str(args.data or catalog.folder() / "data" / "brief" / "train.jsonl")}
-    if args.method == "sft" and (args.answer or not args.data):
-        source["answer"] = "chosen"
+    answer = "chosen" if args.method == "sft" and (args.answer or not args.data) else None
+    source = {"path": str(args.data or catalog.folder() / "data" / "brief" / "train.jsonl"), "answer": answer}
     model |= {"dtype": args.dtype or ("bfloat16" if where.kind == "cuda" else "float32")}
     values = {
         "model": model,
@@ -181,7 +174,7 @@ def recipe_of(args: argparse.Namespace, where: machine.Machine) -> Recipe:
 def load(recipe: Recipe, where: machine.Machine, steps: int, scratch: str) -> tuple[Parts, list[list[Batch]]]:
     """What the trainers are built from, and the rows of each step that counts; those of the warm-up come first."""
     encoder, size = load_encoder(recipe), recipe.training.per_device_train_batch_size
-    rows, _ = data.read(recipe, encoder)
+    rows = data.read(recipe, encoder)[0]
     taken = [rows.encoded(i % len(rows)) for i in range(size * (steps + 1))]
     parts = Parts(where, where.precision(recipe.model.dtype), encoder, Dataset.from_list(taken), None, Path(scratch))
     return parts, [taken[start : start + size] for start in range(size, len(taken), size)]
@@ -189,6 +182,10 @@ def load(recipe: Recipe, where: machine.Machine, steps: int, scratch: str) -> tu
 
 def alternate(recipe: Recipe, parts: Parts, batches: list[list[Batch]]) -> list[dict[str, Step]]:
     """Every step by both trainers, which take turns at being first."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # keep what is freed: touching it anew can take longer than a step, on some machines
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
     trainers = {engine: build(engine, recipe, parts) for engine in ENGINES}
     for trainer in trainers.values():
         trainer.train()
@@ -201,12 +198,12 @@ def memory(engine: str, recipe: Recipe, parts: Parts, batches: list[list[Batch]]
     trainer = build(engine, recipe, parts)
     for parameter in trainer.model.parameters():
         parameter.sum()  # a mapped file counts only where it was read
-    on_gpu, forget = parts.machine.kind == "cuda", Path("/proc/self/clear_refs")
+    on_gpu, peaks = parts.machine.kind == "cuda", Path("/proc/self/clear_refs")
     loaded = torch.cuda.memory_allocated() if on_gpu else psutil.Process().memory_info().rss
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    elif forget.exists():  # Linux
-        forget.write_text("5", encoding="ascii")
+    elif peaks.exists():  # Linux
+        peaks.write_text("5", encoding="ascii")
     trainer.train()
     update(trainer, max(batches, key=lambda rows: max(sum(map(len, row.values())) for row in rows)))
     peak = parts.machine.peak_memory_gib() * 1024
@@ -244,8 +241,7 @@ def results(steps: list[dict[str, Step]], used: dict[str, dict[str, float]], siz
 
 def table(found: dict[str, Any], unit: str) -> str:
     """The results as Markdown."""
-    least, most = found["ratio_span"]
-    used, less = found["memory_mib"], found["memory_ratio"]
+    (least, most), used, less = found["ratio_span"], found["memory_mib"], found["memory_ratio"]
     lines = ["| | TRL | alignctl | ratio, median (least to most) |", "|---|---|---|---|"]
     for what, values, form, ratio, more in (
         (f"{unit} a second", found["rows_per_second"], ".2f", found["ratio"], f" ({least:.2f} to {most:.2f})"),
@@ -276,8 +272,7 @@ def parsed() -> argparse.Namespace:
     add("--small", action="store_true", help="3 steps of 2 rows: about a minute on a CPU")
     add("--only", choices=ENGINES, help="only the memory of one of the two, for --json")
     args = parser.parse_args()
-    args.batch_size, args.steps = (2, 3) if args.small else (args.batch_size, args.steps)
-    return args
+    return argparse.Namespace(**vars(args) | ({"batch_size": 2, "steps": 3} if args.small else {}))
 
 
 def main() -> None:
