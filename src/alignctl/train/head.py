@@ -1,7 +1,8 @@
 """Log-probabilities of the supervised tokens, without the logits of anything else.
 
-Only positions whose next token is supervised are projected, in chunks, so the `[N, L, V]` logits never exist; the
-backward pass projects each chunk again.
+Only positions whose next token is supervised are projected, in chunks, so the `[N, L, V]` logits never exist. With a
+frozen head the gradient of each log-probability is worked out while its logits are there; a trained head projects each
+chunk again in the backward pass.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ class _TokenStatistics(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scaling: Scaling
     ) -> tuple[Tensor, ...]:
-        normalisers, columns = [], []
+        normalisers, columns, slopes = [], [], []
+        frozen = ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:3])
         for rows, ids in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
             logits = scaling.apply(_logits(rows, weight, bias))
             chosen = logits.gather(1, ids[:, None]).squeeze(1)
@@ -81,8 +83,11 @@ class _TokenStatistics(torch.autograd.Function):
             entropy = normaliser - torch.linalg.vecdot(scaled, logits) / total
             normalisers.append(normaliser)
             columns.append(torch.stack([chosen - normaliser, entropy, mean, (chosen >= top).float()]))
+            if frozen:
+                slopes.append(_slope(scaled.div_(total[:, None]), logits, ids, scaling).to(hidden.dtype) @ weight)
         logps, entropy, mean, is_top1 = torch.cat(columns, 1) if columns else hidden.new_zeros(4, 0).float()
-        ctx.save_for_backward(hidden, weight, bias, labels, torch.cat(normalisers) if normalisers else logps)
+        kept = torch.cat(slopes) if slopes else None
+        ctx.save_for_backward(hidden, weight, bias, labels, torch.cat(normalisers) if normalisers else logps, kept)
         is_top1 = is_top1.bool()
         ctx.scaling = scaling
         ctx.mark_non_differentiable(entropy, mean, is_top1)
@@ -90,17 +95,17 @@ class _TokenStatistics(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, normalisers = ctx.saved_tensors
+        hidden, weight, bias, labels, normalisers, slopes = ctx.saved_tensors
+        if slopes is not None:
+            return (gradient[:, None] * slopes).to(hidden.dtype), None, None, None, None
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and ctx.needs_input_grad[2] else None
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
             logits = ctx.scaling.apply(_logits(hidden[part], weight, bias))
-            d_logits = (logits - normalisers[part, None]).exp_()
-            d_logits.mul_(-gradient[part, None])
-            d_logits.scatter_add_(1, labels[part, None], gradient[part, None])
-            d_logits = ctx.scaling.backward(d_logits, logits).to(hidden.dtype)
+            chances = (logits - normalisers[part, None]).exp_()
+            d_logits = _slope(chances, logits, labels[part], ctx.scaling).mul_(gradient[part, None]).to(hidden.dtype)
             d_hidden[part] = d_logits @ weight
             if d_weight is not None:
                 d_weight += (d_logits.t() @ hidden[part]).float()
@@ -113,6 +118,12 @@ class _TokenStatistics(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _slope(chances: Tensor, logits: Tensor, labels: Tensor, scaling: Scaling) -> Tensor:
+    """The gradient of each label's log-probability by the unscaled logits, `[P, V]`; `chances` is written over."""
+    slope = chances.neg_().scatter_add_(1, labels[:, None], torch.ones_like(labels, dtype=chances.dtype)[:, None])
+    return scaling.backward(slope, logits)
 
 
 def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
