@@ -40,6 +40,8 @@ picture: setup
 bench: setup
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/tokens.py
+	$(BIN)/python benchmarks/pairs.py --method dpo --small
+	$(BIN)/python benchmarks/pairs.py --method orpo --small
 
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache
