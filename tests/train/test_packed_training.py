@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, set_seed
 
 from alignctl.errors import DivergedError, RecipeError
-from alignctl.recipe.schema import Recipe
-from alignctl.train import data, fit, heldout, machine, packing, parts, standin
+from alignctl.recipe.schema import LossType, Recipe
+from alignctl.train import attention, data, fit, heldout, machine, packing, parts, standin
 from alignctl.train.parts import Parts
 from alignctl.train.tokenizer import load_encoder
 
@@ -131,21 +131,21 @@ def compare(padded: Trainer, packed: Trainer) -> None:
 # --- one batch ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("method", "section"),
-    [
-        ("sft", {}),
-        ("dpo", {"beta": 0.3}),
-        ("dpo", {"beta": 0.3, "label_smoothing": 0.2}),
-        ("dpo", {"loss_type": "ipo"}),
-        ("dpo", {"loss_type": "robust", "label_smoothing": 0.1}),
-        ("dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}),
-        ("dpo", {"ld_alpha": 0.5}),
-        ("orpo", {"nll_on_prompt": True}),
-        ("orpo", {"nll_on_prompt": False}),
-    ],
-    ids=["sft", "sigmoid", "smoothed", "ipo", "robust", "sigmoid+sft", "ld", "orpo", "orpo on answers"],
-)
+SMOOTHED = {"exo_pair", "robust"}
+LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
+    name: ("dpo", {"loss_type": name, "beta": 0.3, "label_smoothing": 0.1 if name in SMOOTHED else 0.0})
+    for name in get_args(LossType)
+} | {
+    "smoothed": ("dpo", {"label_smoothing": 0.2}),
+    "several": ("dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}),
+    "ld": ("dpo", {"ld_alpha": 0.5}),
+    "only sft": ("sft", {}),
+    "orpo": ("orpo", {"nll_on_prompt": True}),
+    "orpo on answers": ("orpo", {"nll_on_prompt": False}),
+}
+
+
+@pytest.mark.parametrize(("method", "section"), LOSSES.values(), ids=LOSSES)
 def test_every_loss(tiny: Path, tmp_path: Path, method: str, section: dict[str, Any]) -> None:
     compare(*both(method, tiny, tmp_path, **{method: section}))
 
@@ -305,9 +305,62 @@ def test_what_was_asked_for_and_cannot_be_is_refused(tiny: Path, tmp_path: Path)
     recipe = make_recipe("dpo", tiny, training={"packed": True}, trl={"torch_compile": True})
     with pytest.raises(RecipeError, match=r"training\.packed.*torch_compile"):
         build(recipe, tmp_path)
+
+
+def no_kernel(*_: Any, **__: Any) -> Tensor:
+    raise RuntimeError("no kernel for this device\nand more")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_attention_that_fails_pads(
+    tiny: Path, adapter: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under `auto`; the reference beside the policy pads too."""
+    model = {} if method == "dpo" else {"adapter": str(adapter)}
+    recipe = make_recipe(method, tiny, model=model, lora=None if method == "dpo" else LORA)
+    trainer, given = build(recipe, tmp_path)
+    models = parts.models_of(trainer)
+    assert len(models) == (2 if method == "dpo" else 1) and all(packing.backbone(model).packs for model in models)
+    monkeypatch.setattr(attention, "attend", no_kernel)
+    found = fit._engine(recipe, given, trainer)
+    assert found == {"packed": False, "why": "packed attention fails here: no kernel for this device"}
+    assert not any(hasattr(packing.backbone(model), "packs") for model in models)
+    trainer.train()
+
+
+def test_attention_that_fails_is_refused_where_it_was_asked_for(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe("dpo", tiny, training={"packed": True})
+    trainer, given = build(recipe, tmp_path)
+    trainer.model.train()
+    monkeypatch.setattr(attention, "attend", no_kernel)
+    with pytest.raises(RecipeError, match=r"training\.packed.*cannot be: no kernel for this device"):
+        fit._engine(recipe, given, trainer)
+    assert trainer.model.training
+
+
+def out_of_memory(*_: Any, **__: Any) -> Tensor:
+    raise torch.OutOfMemoryError("no memory")
+
+
+def test_memory_that_runs_out_is_no_reason_to_pad(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe("dpo", tiny)
+    trainer, given = build(recipe, tmp_path)
+    monkeypatch.setattr(attention, "attend", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        fit._engine(recipe, given, trainer)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_mixture_of_experts(tmp_path: Path, method: str) -> None:
+    """Its router's loss too, which SFT and DPO log and add."""
     standin.stand_in(make_recipe("dpo", Path("mixtral")), tmp_path / "mixtral")
-    with pytest.raises(RecipeError, match=r"training\.packed.*router"):
-        build(make_recipe("dpo", tmp_path / "mixtral" / "model", training={"packed": True}), tmp_path)
+    padded, packed = both(method, tmp_path / "mixtral" / "model", tmp_path)
+    compare(padded, packed)
+    assert method == "orpo" or logged(packed)["aux_loss"][0] > 0
 
 
 def test_an_architecture_that_was_asked_for_is_tried(stablelm: Path, tmp_path: Path) -> None:

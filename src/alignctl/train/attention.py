@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -176,10 +178,10 @@ def attend(
     if torch.is_autocast_enabled(query.device.type):  # float32 weights give float32 queries beside lower values
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if query.is_cuda and not dropout:
+    if query.is_cuda and not dropout and torch.cuda.get_device_capability(query.device) >= _AMPERE:
         if softcap is None and _flash(query):
             return _by_varlen(query, key, value, packed, scaling, sliding_window)
-        return _by_flex(torch.compile(flex_attention), query, key, value, packed, scaling, sliding_window, softcap)
+        return _by_flex(_compiled_flex(), query, key, value, packed, scaling, sliding_window, softcap)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -200,6 +202,15 @@ def attend(
 
 # What transformers hands to an attention function that changes its result.
 _REFUSED = ("s_aux", "position_bias", "cache", "sinks")
+
+_AMPERE = (8, 0)  # what flash attention's kernels and FlexAttention in bfloat16 need
+# torch 2.11 has the kernel for fewer key heads, and no argument for it.
+_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Any]:
+    return torch.compile(flex_attention)
 
 
 def _flash(query: Tensor) -> bool:
@@ -222,7 +233,7 @@ def _by_varlen(
         bounds.longest_k,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
+        **({"enable_gqa": q.shape[1] != k.shape[1]} if _HAS_GQA else {}),
     )
     assert isinstance(out, Tensor)
     return out[None]

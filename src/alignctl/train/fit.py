@@ -18,7 +18,7 @@ import torch
 from transformers import Trainer
 
 from alignctl import rundir
-from alignctl.errors import DivergedError, Interrupted, MachineError, Problem
+from alignctl.errors import DivergedError, Interrupted, MachineError, Problem, RecipeError
 from alignctl.evaluate import scores
 from alignctl.recipe.load import Loaded
 from alignctl.recipe.schema import Recipe
@@ -42,7 +42,7 @@ from alignctl.train.batches import Balanced
 from alignctl.train.data import Rows
 from alignctl.train.display import Display
 from alignctl.train.guards import Finite, Signals
-from alignctl.train.parts import Parts
+from alignctl.train.parts import Parts, models_of
 from alignctl.train.parts import engine as engine_of
 from alignctl.train.record import Checkpoints, Metrics, flush
 from alignctl.train.tokenizer import load_encoder
@@ -166,6 +166,7 @@ def _engine(recipe: Recipe, parts: Parts, trainer: Trainer) -> dict[str, Any]:
 
     Raises:
         DivergedError: packed and padded differ by more than rounding.
+        RecipeError: the recipe wants packing, and the model or the device has no attention for it.
     """
     kind = engine_of(recipe, trainer)
     if kind != "packed":
@@ -173,8 +174,18 @@ def _engine(recipe: Recipe, parts: Parts, trainer: Trainer) -> dict[str, Any]:
     count = min(recipe.training.per_device_train_batch_size, len(parts.train))
     batch = trainer.data_collator([parts.train[i] for i in range(count)])
     ids, mask = (batch[name].to(trainer.args.device) for name in ("input_ids", "attention_mask"))
-    with trainer.accelerator.autocast():
-        found = packing.verify(trainer.model, ids, mask, parts.precision)
+    try:
+        with trainer.accelerator.autocast():
+            found = packing.verify(trainer.model, ids, mask, parts.precision)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if recipe.training.packed is True:
+            raise RecipeError(Problem("training.packed", f"cannot be: {said}", "training.packed=auto")) from error
+        for model in models_of(trainer):
+            packing.uninstall(model)
+        return {"packed": False, "why": f"packed attention fails here: {said}"}
     return {"packed": True, **asdict(found)}
 
 

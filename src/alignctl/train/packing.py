@@ -93,8 +93,9 @@ def _place(row: Tensor, segments: list[Segment], part: Segment) -> int:
 
 # Architectures whose packed and padded results were compared (tests/train/test_packing.py).
 PACKS = frozenset(
-    {"cohere", "gemma", "gemma2", "gemma3_text", "glm", "gpt2", "gpt_neox", "granite", "llama", "mistral", "olmo"}
-    | {"olmo2", "phi", "phi3", "qwen2", "qwen3", "smollm3", "starcoder2"}
+    {"cohere", "gemma", "gemma2", "gemma3_text", "glm", "gpt2", "gpt_neox", "granite", "granitemoe", "llama", "mistral"}
+    | {"mixtral", "olmo", "olmo2", "olmoe", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"}
+    | {"smollm3", "starcoder2"}
 )
 # Rounding alone moves a token's hidden state by up to 2e-6 in float32 and 3e-2 in bfloat16 (SmolLM2-135M); a position
 # off by one, or a prefix one token too long, moves it by 4e-1.
@@ -108,8 +109,6 @@ def why_not(model: PreTrainedModel, *, known: bool = True) -> str:
         return f"{config.model_type} is not among the architectures that packing was tested with"
     if config.to_dict().get("use_bidirectional_attention"):
         return "attention that looks ahead cannot share a prefix"
-    if "output_router_logits" in config.to_dict():
-        return "a router's loss is taken over padded batches"
     return ""
 
 
@@ -155,10 +154,12 @@ def compare(model: PreTrainedModel, ids: Tensor, mask: Tensor, precision: torch.
     inner, training = backbone(model), model.training
     model.eval()
     real = mask.bool()
-    packed = inner(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[real].float()
-    with padded(model):
-        plain = inner(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[real].float()
-    model.train(training)
+    try:
+        packed = inner(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[real].float()
+        with padded(model):
+            plain = inner(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[real].float()
+    finally:
+        model.train(training)
     worst = ((packed - plain).norm(dim=-1) / plain.norm(dim=-1)).max().item()
     return Difference(worst, TOLERANCE[precision], lay_out(ids, mask).segments.total, ids.numel())
 
@@ -166,23 +167,24 @@ def compare(model: PreTrainedModel, ids: Tensor, mask: Tensor, precision: torch.
 def install(model: PreTrainedModel) -> None:
     """Let the backbone of `model` compute right-padded batches packed; what uses a cache stays as it is."""
     inner = backbone(model)
-    before = attention.install(inner.config)
-    plain = inner.forward
+    inner.attention_before = attention.install(inner.config)
+    inner.plain = inner.forward
 
     @functools.wraps(type(inner).forward)
     def forward(self: Any, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         if input_ids is None or attention_mask is None or not self.packs or not _is_packable(attention_mask, kwargs):
-            return plain(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            return self.plain(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         found = lay_out(input_ids, attention_mask)
         # Four axes: transformers takes such a mask for ready and makes none; attention over segments needs none.
         ready = torch.zeros(1, 1, 1, 1, device=input_ids.device)
         given = {"position_ids": found.positions, "packed": found.segments, "use_cache": False}
-        out = plain(input_ids=found.ids, attention_mask=ready, **{**kwargs, **given})
+        out = self.plain(input_ids=found.ids, attention_mask=ready, **{**kwargs, **given})
         out.last_hidden_state = out.last_hidden_state[0][found.gather]
+        if out.get("router_logits") is not None:  # one row a token; a router's loss leaves out what the mask does
+            out.router_logits = tuple(each[found.gather.flatten()] for each in out.router_logits)
         return out
 
     inner.packs = True
-    inner.attention_before = before
     inner.forward = types.MethodType(forward, inner)
 
 
@@ -190,7 +192,7 @@ def uninstall(model: PreTrainedModel) -> None:
     """Undo `install`."""
     inner = backbone(model)
     attention.uninstall(inner.config, inner.attention_before)
-    del inner.forward, inner.packs, inner.attention_before
+    del inner.forward, inner.plain, inner.packs, inner.attention_before
 
 
 def _is_packable(mask: Tensor, kwargs: dict[str, Any]) -> bool:
@@ -201,7 +203,7 @@ def _is_packable(mask: Tensor, kwargs: dict[str, Any]) -> bool:
 
 
 _OWN = ("past_key_values", "position_ids", "inputs_embeds")
-_FLAGS = ("use_cache", "output_hidden_states", "output_attentions", "output_router_logits")
+_FLAGS = ("use_cache", "output_hidden_states", "output_attentions")
 
 
 @contextmanager

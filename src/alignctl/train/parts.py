@@ -59,6 +59,12 @@ def engine(recipe: Recipe, trainer: Trainer) -> str:
     return reason or "packed"
 
 
+def models_of(trainer: Trainer) -> list[PreTrainedModel]:
+    """The model that is trained, and the reference where it is another one."""
+    other = trainer.ref_model if isinstance(trainer, DPOTrainer) else None
+    return [trainer.model] if other is None else [trainer.model, other]
+
+
 def settle(trainer: Trainer, recipe: Recipe, parts: Parts) -> Trainer:
     """Finish what TRL's constructors leave: trained weights in float32, all stop tokens, the compact head.
 
@@ -69,10 +75,7 @@ def settle(trainer: Trainer, recipe: Recipe, parts: Parts) -> Trainer:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     models.align_generation(trainer.model, parts.encoder)
-    models_used = [trainer.model]
-    if isinstance(trainer, DPOTrainer) and trainer.ref_model is not None:
-        models_used.append(trainer.ref_model)
-    for model in models_used:
+    for model in models_of(trainer):
         trl_seam.install_head(model)
         if engine(recipe, trainer) == "packed":
             packing.install(model)
