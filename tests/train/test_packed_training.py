@@ -344,9 +344,7 @@ def out_of_memory(*_: Any, **__: Any) -> Tensor:
     raise torch.OutOfMemoryError("no memory")
 
 
-def test_memory_that_runs_out_is_no_reason_to_pad(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_that_runs_out_is_no_reason_to_pad(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = make_recipe("dpo", tiny)
     trainer, given = build(recipe, tmp_path)
     monkeypatch.setattr(attention, "attend", out_of_memory)

@@ -237,8 +237,8 @@ def test_a_routers_loss_is_that_of_the_padded_batch(name: str) -> None:
     expected, gradients = outcome()
     packing.install(model)
     found, found_gradients = outcome()
-    assert 1.0 < expected and abs(found - expected) <= 1e-5 * expected
-    assert 0 < gradients.norm() and (found_gradients - gradients).norm() <= 1e-4 * gradients.norm()
+    assert expected > 1.0 and abs(found - expected) <= 1e-5 * expected
+    assert gradients.norm() > 0 and (found_gradients - gradients).norm() <= 1e-4 * gradients.norm()
 
 
 def test_a_copy_computes_with_its_own_weights() -> None:
