@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from alignctl.errors import Problem, RecipeError
+
+LOCK = ".lock"
 
 
 def now() -> str:
@@ -69,6 +72,7 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock: Any = None
         try:
             self.record: dict[str, Any] = read_json(path / "run.json")
         except (ValueError, OSError) as error:
@@ -77,6 +81,43 @@ class RunDir:
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
+
+    @property
+    def status(self) -> str:
+        """What became of the run: run.json's word, or `killed` when it says running and nobody is."""
+        said = str(self.record.get("status", "unknown"))
+        return "killed" if said == "running" and not self.is_claimed() else said
+
+    def is_claimed(self) -> bool:
+        """Whether a process is writing this folder now."""
+        from filelock import FileLock, Timeout
+
+        if self._lock is not None:
+            return True
+        if not (self.path / LOCK).exists():
+            return False
+        try:
+            with FileLock(self.path / LOCK, timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    def claim(self) -> None:
+        """Make the folder, and keep every other process from writing it for as long as this one lives.
+
+        Raises:
+            RecipeError: another process writes it.
+        """
+        from filelock import FileLock, Timeout
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            way_out = "wait until it has ended, or give --output another folder"
+            raise RecipeError(Problem(str(self.path), "is being written by another run", way_out)) from error
+        self._lock = lock
 
     @property
     def trained(self) -> bool:
@@ -93,7 +134,9 @@ class RunDir:
         """
         try:
             if self.path.exists():
-                self._clear(overwrite=overwrite)
+                self._check_free(overwrite=overwrite)
+            self.claim()
+            self._clear()
             (self.path / "logs").mkdir(parents=True, exist_ok=True)
             self.record = {"status": "running", "started": now(), **record}
             write_json(self.path / "run.json", self.record)
@@ -102,21 +145,22 @@ class RunDir:
                 Problem(str(self.path), f"cannot be written: {error.strerror or error}", "give --output another folder")
             ) from error
 
-    def _clear(self, *, overwrite: bool) -> None:
+    def _check_free(self, *, overwrite: bool) -> None:
         ours = {"status", "command"} <= self.record.keys()
-        if not ours and (not self.path.is_dir() or any(self.path.iterdir())):
+        if not ours and (not self.path.is_dir() or any(p.name != LOCK for p in self.path.iterdir())):
             raise RecipeError(Problem(str(self.path), "exists and is not a run folder", "give --output another folder"))
         if ours and self.trained and not overwrite:
-            status = self.record.get("status", "unknown")
-            raise RecipeError(
-                Problem(
-                    str(self.path),
-                    f"holds a run already (status: {status})",
-                    "--resume to go on with it, --output DIR to keep both, --overwrite to replace it",
-                )
-            )
-        if ours:
-            shutil.rmtree(self.path)
+            way_out = "--resume to go on with it, --output DIR to keep both, --overwrite to replace it"
+            raise RecipeError(Problem(str(self.path), f"holds a run already (status: {self.status})", way_out))
+
+    def _clear(self) -> None:
+        for old in self.path.iterdir():
+            if old.name == LOCK:
+                continue
+            if old.is_dir() and not old.is_symlink():
+                shutil.rmtree(old)
+            else:
+                old.unlink()
 
     def update(self, **changes: Any) -> None:
         """Change run.json, atomically."""
@@ -127,6 +171,18 @@ class RunDir:
         """Add one line to metrics.jsonl."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, but for one that was being written when the run was killed."""
+        file, rows = self.path / "metrics.jsonl", []
+        for line in file.read_text(encoding="utf-8").split("\n") if file.is_file() else []:
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+        return rows
+
+    def cut_metrics(self, step: int) -> None:
+        """Take back the lines of metrics.jsonl after `step`."""
+        write_jsonl(self.path / "metrics.jsonl", (row for row in self.metrics() if row["step"] <= step))
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first."""

@@ -111,6 +111,14 @@ def inspect(
     )
 
 
+@app.command()
+def verify(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")], debug: Debug = False) -> None:
+    """Check that what a run saved is what it trained: every number, template, stop tokens, and loaded anew."""
+    from alignctl.cli import verify
+
+    verify.command(run)
+
+
 @recipes.callback()
 def list_recipes(context: typer.Context) -> None:
     """List the built-in recipes."""

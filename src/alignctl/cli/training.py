@@ -32,20 +32,26 @@ def command(
     if resume and overwrite:
         raise RecipeError(Problem("--resume", "and --overwrite contradict each other", "keep one of them"))
     run = RunDir(output or Path("runs") / (f"{loaded.name}-smoke" if smoke else loaded.name))
-    checkpoint = None
+    checkpoint, killed, last = None, False, None
     if resume:
         checkpoint = _checkpoint(run, loaded)
+        killed, last = run.status == "killed", next(reversed(run.metrics()), None)
+        run.claim()
+        run.cut_metrics(int(checkpoint.name.removeprefix("step-")))
         run.update(status="running", resumed_from=checkpoint.name)
     else:
         run.create({"command": _command_line()}, overwrite=overwrite or (smoke and output is None))
     # One process trains on one GPU; with several in sight the Trainer would ask for DataParallel, which TRL refuses.
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     with _recorded(run), quiet.libraries(run / "logs" / "libraries.log") as user:
-        from alignctl.train import fit
+        from alignctl.train import fit, machine
         from alignctl.train.display import Display
 
         signals.check()
-        fit.fit(loaded, run, Display(user), smoke=smoke, resume=checkpoint)
+        display = Display(user)
+        if killed:
+            display.say(machine.killed(last))
+        fit.fit(loaded, run, display, smoke=smoke, resume=checkpoint)
 
 
 def _checkpoint(run: RunDir, loaded: Loaded) -> Path:

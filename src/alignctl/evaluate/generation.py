@@ -39,6 +39,22 @@ def answer(
     return [answers[i] for i in range(len(prompts))]
 
 
+def distinct(text: str, n: int = 2) -> float:
+    """Share of the runs of `n` words in `text` that are different; 1 where there are none (https://arxiv.org/abs/1510.03055)."""
+    words = text.split()
+    runs = list(zip(*(words[i:] for i in range(n)), strict=False))
+    return len(set(runs)) / len(runs) if runs else 1.0
+
+
+def summary(answers: Sequence[Answer]) -> dict[str, float]:
+    """Share of answers that stop by themselves, and the mean of `distinct` over them."""
+    n = len(answers)
+    return {
+        "stop_rate": sum(answer.stopped for answer in answers) / n,
+        "distinct_2": sum(distinct(answer.text) for answer in answers) / n,
+    }
+
+
 def _generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

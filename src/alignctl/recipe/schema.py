@@ -93,6 +93,9 @@ class Model(Section):
         None,
         description="A finished run or adapter folder to go on from. For DPO it is also the reference.",
     )
+    use_safetensors: bool = Field(
+        True, description="Load weights from `.safetensors` alone; `false` also loads pickle files, which can run code."
+    )
     trust_remote_code: bool = Field(False, description="Run Python code that the model's repository carries.")
 
 
@@ -261,6 +264,30 @@ class Logging(Section):
     )
 
 
+class Gates(Section):
+    """Checks that stop a run, or say what is odd about it (docs/gates.md); `off` leaves one out."""
+
+    targets: bool = Field(True, description="Every layer has the adapters that were asked for.")
+    quantized: bool = Field(True, description="The layers are stored in 4 bits, and computed as was asked for.")
+    trainable: bool = Field(True, description="Something is trained, in float32, and the optimizer holds all of it.")
+    learning_rate: bool = Field(True, description="The learning rate is one that has worked for the method.")
+    parent: bool = Field(True, description="`model.adapter` was trained on this base, with this chat template.")
+    memory: bool = Field(True, description="The longest rows go forward and backward before training.")
+    packed: bool = Field(True, description="The first batch computed packed is the padded one.")
+    reference: bool = Field(True, description="At the start, DPO's policy is its reference.")
+    finite: bool = Field(True, description="Losses, gradients and trained weights are finite.")
+    moved: bool = Field(True, description="A gradient reaches every trained layer, and the weights move.")
+    resume: bool = Field(True, description="What is resumed are the weights and rows of the checkpoint.")
+    labels: bool = Field(True, description="The model does not take most rejected answers for the likelier ones.")
+    drift: bool = Field(True, description="The chosen answers do not become unlikely.")
+    easy: bool = Field(True, description="The pairs are not told apart from the first steps on.")
+    noise: bool = Field(True, description="The loss leaves ln 2.")
+    length: bool = Field(True, description="The margins are more than a difference in length.")
+    answers: bool = Field(True, description="Answers do not fall into repetition, and they end.")
+    saved: bool = Field(True, description="The saved model is finite and whole, with template and stop tokens.")
+    reload: bool = Field(True, description="The saved model, loaded in a new process, is the trained one.")
+
+
 class Recipe(Section):
     """One training run. Exactly one of `sft`, `dpo` and `orpo` is present, and it is the method."""
 
@@ -274,6 +301,7 @@ class Recipe(Section):
     orpo: Orpo | None = None
     evaluation: Evaluation = Evaluation()
     logging: Logging = Logging()
+    gates: Gates = Gates()
     trl: dict[str, Any] = Field(
         default_factory=dict,
         description="Further arguments for the method's TRL config, passed on as they are; the names are checked.",
@@ -303,4 +331,5 @@ SECTIONS: dict[str, type[Section]] = {
     "orpo": Orpo,
     "evaluation": Evaluation,
     "logging": Logging,
+    "gates": Gates,
 }

@@ -222,6 +222,7 @@ def _by_varlen(
 ) -> Tensor:
     """Flash attention over sequences of different lengths; causal from the bottom right, as longer keys need it."""
     bounds = packed.bounds()
+    grouped: Any = {"enable_gqa": query.shape[1] != key.shape[1]} if _HAS_GQA else {}
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     out = varlen_attn(
         q,
@@ -233,7 +234,7 @@ def _by_varlen(
         bounds.longest_k,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
-        **({"enable_gqa": q.shape[1] != k.shape[1]} if _HAS_GQA else {}),
+        **grouped,
     )
     assert isinstance(out, Tensor)
     return out[None]

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from alignctl.terminal import harmless
+from alignctl.train.gates import Result
 
 _SHOWN = (
     ("loss", "loss", "{:.4f}"),
@@ -25,6 +26,7 @@ _SHOWN = (
 )
 # Rich would send what the libraries print through its live display, past the log that it belongs in.
 _OWN_STREAM: dict[str, Any] = {"redirect_stdout": False, "redirect_stderr": False}
+_MARKS = {"passed": ("✓", "green"), "warned": ("!", "yellow"), "stopped": ("✗", "red"), "off": ("–", "dim")}
 _COLOURS = {"better": "green", "no evidence": "yellow", "worse": "red"}
 
 
@@ -54,6 +56,15 @@ class Display:
         table = _grid(2)
         for name, value in rows.items():
             table.add_row(Text(name, style="bold"), Text(harmless(value)))
+        self.console.print(table)
+        self.console.print()
+
+    def gates(self, results: dict[str, Result]) -> None:
+        """One line a gate."""
+        table = _grid(3)
+        for name, found in results.items():
+            mark, style = _MARKS[found.verdict]
+            table.add_row(Text(mark, style), Text(f"gate.{name}", style="bold"), Text(harmless(found.said)))
         self.console.print(table)
         self.console.print()
 

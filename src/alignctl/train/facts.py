@@ -32,6 +32,10 @@ def record(recipe: Recipe, parts: Parts, trainer: Trainer) -> dict[str, Any]:
             "revision": recipe.model.revision,
             "commit": getattr(trainer.model.config, "_commit_hash", None),
             "start_fingerprint": models.fingerprint(trainer.model),
+            "base_fingerprint": models.base_fingerprint(trainer.model),
+            "storage": models.storage(recipe, parts.precision),
+            "trust_remote_code": recipe.model.trust_remote_code,
+            "use_safetensors": recipe.model.use_safetensors,
             "adapter": recipe.model.adapter,
             "parameters": total,
             "trainable": trainable,
@@ -77,6 +81,8 @@ def engine(record: dict[str, Any]) -> str:
     """How batches are computed, from what run.json says of it."""
     if not record["packed"]:
         return f"padded: {record['why']}"
+    if "worst" not in record:
+        return "packed, and not compared with padded batches: gates.packed is off"
     return (
         f"packed: {record['packed_tokens']:,} tokens in the first batch instead of {record['padded_tokens']:,}; "
         f"both ways differ by {record['worst']:.0e} (rounding allows {record['limit']:g})"
@@ -123,6 +129,8 @@ def notices(recipe: Recipe, parts: Parts) -> list[str]:
         out.append(
             f"lora.lora_dropout is switched off by TRL's {recipe.method}; `trl: {{disable_dropout: false}}` keeps it"
         )
+    if not recipe.model.use_safetensors:
+        out.append("model.use_safetensors is off: a pickle file can run code when it is loaded")
     if recipe.model.trust_remote_code:
         out.append("model.trust_remote_code is on: code from the model's repository runs on this machine")
     return out

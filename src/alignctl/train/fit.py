@@ -15,40 +15,47 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from alignctl import rundir
 from alignctl.errors import DivergedError, Interrupted, MachineError, Problem, RecipeError
-from alignctl.evaluate import scores
 from alignctl.recipe.load import Loaded
 from alignctl.recipe.schema import Recipe
-from alignctl.rundir import RunDir
+from alignctl.rundir import RunDir, read_json
 from alignctl.train import (
     card,
     data,
     doctor,
     dpo,
     facts,
+    guards,
     heldout,
     machine,
     orpo,
+    outcome,
     packing,
+    preflight,
     reference,
     sft,
     standin,
     trl_seam,
+    verify,
 )
 from alignctl.train.batches import Balanced
 from alignctl.train.data import Rows
 from alignctl.train.display import Display
-from alignctl.train.guards import Finite, Signals
+from alignctl.train.gates import Gates
+from alignctl.train.guards import Signals
 from alignctl.train.parts import Parts, models_of
 from alignctl.train.parts import engine as engine_of
-from alignctl.train.record import Checkpoints, Metrics, flush
+from alignctl.train.preflight import Built
+from alignctl.train.record import NOTE, Checkpoints, Metrics, flush
 from alignctl.train.tokenizer import load_encoder
 from alignctl.train.translate import refused, translated
 
 BUILD: dict[str, Callable[[Recipe, Parts], Trainer]] = {"sft": sft.build, "dpo": dpo.build, "orpo": orpo.build}
+# Gates whose answer is known at the end.
+LATER = ("finite", "moved", "labels", "drift", "easy", "noise", "length", "answers", "saved", "reload")
 PACKAGES = ("alignctl", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 
 
@@ -63,6 +70,7 @@ class Job:
     eval: Rows | None
     run: RunDir
     display: Display
+    gates: Gates
 
     def measure(self, when: str) -> None:
         """Score the held-out rows and answer the held-out prompts; kept in the run folder under `when`."""
@@ -90,12 +98,12 @@ def fit(loaded: Loaded, run: RunDir, display: Display, *, smoke: bool, resume: P
     signals = Signals()
     began = time.monotonic()
     with signals.caught(), translated(run):
-        job = assemble(loaded, run, display, smoke=smoke)
+        job = assemble(loaded, run, display, smoke=smoke, resume=resume)
         train(job, signals, resume)
         finish(job, began)
 
 
-def assemble(loaded: Loaded, run: RunDir, display: Display, *, smoke: bool) -> Job:
+def assemble(loaded: Loaded, run: RunDir, display: Display, *, smoke: bool, resume: Path | None = None) -> Job:
     """Everything up to the first step: device, stand-ins, tokens, ledger, trainer."""
     where = machine.detect()
     if smoke:
@@ -118,7 +126,10 @@ def assemble(loaded: Loaded, run: RunDir, display: Display, *, smoke: bool) -> J
     built = Parts(where, precision, encoder, train_rows.dataset(), held_out, run.path)
     with display.waiting(f"loading {recipe.model.name_or_path}"), refused():
         trainer = BUILD[recipe.method](recipe, built)
-    engine = _engine(recipe, built, trainer)
+    gates = Gates(recipe, run, display.say)
+    if resume is not None:
+        preflight.same_rows(run, _fingerprints(ledger), gates)
+    engine = _engine(recipe, built, trainer, gates)
     if _balances(recipe, packed=engine["packed"]):
         sizes = train_rows.sizes().tolist()
         trl_seam.install_sampler(trainer, Balanced(sizes, *_update(recipe), recipe.training.seed))
@@ -133,10 +144,13 @@ def assemble(loaded: Loaded, run: RunDir, display: Display, *, smoke: bool) -> J
         data=_fingerprints(ledger),
     )
     display.facts(facts.table(recipe, built, trainer, train_rows, eval_rows) | {"engine": facts.engine(engine)})
+    with display.waiting("gates"):
+        preflight.examine(Built(recipe, built, trainer, train_rows, gates), resumed=resume is not None)
+    display.gates(gates.results)
     warnings = [f"{finding.name}: {finding.said}; {finding.meaning}" for finding in findings if finding.warns]
     for notice in [*facts.notices(recipe, built), *warnings]:
         display.say(f"note: {notice}")
-    return Job(recipe, built, trainer, train_rows, eval_rows, run, display)
+    return Job(recipe, built, trainer, train_rows, eval_rows, run, display, gates)
 
 
 def _precompute(trainer: Trainer, precision: torch.dtype, train: Rows, held_out: Rows | None) -> str:
@@ -161,7 +175,7 @@ def _balances(recipe: Recipe, *, packed: bool) -> bool:
     return packed if wanted == "auto" else wanted
 
 
-def _engine(recipe: Recipe, parts: Parts, trainer: Trainer) -> dict[str, Any]:
+def _engine(recipe: Recipe, parts: Parts, trainer: Trainer, gates: Gates) -> dict[str, Any]:
     """Whether batches are packed, with the first one computed both ways; as run.json holds it.
 
     Raises:
@@ -170,13 +184,17 @@ def _engine(recipe: Recipe, parts: Parts, trainer: Trainer) -> dict[str, Any]:
     """
     kind = engine_of(recipe, trainer)
     if kind != "packed":
+        if gates.on("packed"):
+            gates.passed("packed", f"batches are padded: {kind}")
         return {"packed": False, "why": kind}
+    if not gates.on("packed"):
+        return {"packed": True}
     count = min(recipe.training.per_device_train_batch_size, len(parts.train))
     batch = trainer.data_collator([parts.train[i] for i in range(count)])
     ids, mask = (batch[name].to(trainer.args.device) for name in ("input_ids", "attention_mask"))
     try:
         with trainer.accelerator.autocast():
-            found = packing.verify(trainer.model, ids, mask, parts.precision)
+            found = packing.compare(trainer.model, ids, mask, parts.precision)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -185,7 +203,13 @@ def _engine(recipe: Recipe, parts: Parts, trainer: Trainer) -> dict[str, Any]:
             raise RecipeError(Problem("training.packed", f"cannot be: {said}", "training.packed=auto")) from error
         for model in models_of(trainer):
             packing.uninstall(model)
+        gates.passed("packed", f"batches are padded: packed attention fails here: {said}")
         return {"packed": False, "why": f"packed attention fails here: {said}"}
+    said = f"the first batch packed and padded differ by {found.worst:.1e}"
+    if not found.worst <= found.limit:
+        way_out, said = "training.packed=off, and report it", f"{said}, more than rounding ({found.limit:g})"
+        gates.stopped("packed", said, way_out, value=found.worst, limit=found.limit)
+    gates.passed("packed", said, value=found.worst, limit=found.limit)
     return {"packed": True, **asdict(found)}
 
 
@@ -206,9 +230,15 @@ def train(job: Job, signals: Signals, resume: Path | None) -> None:
     """
     checkpoints = Checkpoints(job.run, job.recipe.training.save_total_limit)
     shown = Metrics(job.run, job.parts.machine, len(job.train), job.display.step)
-    for callback in (Finite(), shown, checkpoints, signals):
-        job.trainer.add_callback(callback)
+    watching = guards.callbacks(job.trainer, job.recipe, job.train, job.gates)
+    if resume is not None and job.gates.on("resume"):
+        watching.append(guards.Resumed(read_json(resume / NOTE), job.gates))
     job.measure("before")
+    if job.eval is not None:
+        outcome.judge_before(job.run, job.gates)
+        watching += _probe(job, job.eval)
+    for callback in (*watching, shown, checkpoints, signals):
+        job.trainer.add_callback(callback)
     try:
         with job.display.training("rows" if job.recipe.method == "sft" else "pairs"):
             job.trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -225,19 +255,50 @@ def train(job: Job, signals: Signals, resume: Path | None) -> None:
             ),
         )
     job.measure("after")
+    if job.eval is not None:
+        outcome.judge_after(job.run, job.eval, job.gates)
+
+
+def _probe(job: Job, held_out: Rows) -> list[TrainerCallback]:
+    """Answers at every evaluation, where the recipe evaluates while it trains."""
+    before = outcome.answers(job.run, "before")
+    if not job.recipe.training.eval_steps or not before or not job.gates.on("answers"):
+        return []
+    return [
+        guards.Answers(lambda: heldout.answers(job.trainer, job.recipe, job.parts.encoder, held_out), before, job.gates)
+    ]
 
 
 def finish(job: Job, began: float) -> None:
-    """Save the model, write what came out, and only then call the run finished."""
+    """Save the model, write what came out, look at what was saved, and only then call the run finished."""
+    verify.note_live(job.trainer, job.train, job.parts.encoder, job.parts.precision, job.run)
     save(job)
-    summary, samples = outcome(job)
+    summary, samples = outcome.outcome(job.recipe, job.run, job.eval)
     rundir.write_json(job.run / "summary.json", summary)
     rundir.write_jsonl(job.run / "samples.jsonl", samples)
     rundir.write_text(job.run / "model" / "README.md", card.text(job.recipe, job.run.record, summary))
+    with job.display.waiting("looking at the saved model"):
+        check_saved(job)
     shutil.rmtree(job.run / "stand-in", ignore_errors=True)
     seconds = round(time.monotonic() - began, 1)
     job.run.update(status="finished", ended=rundir.now(), seconds=seconds)
+    job.display.gates({name: job.gates.results[name] for name in job.gates.results if name in LATER})
     facts.closing(job.display, job.run, summary, samples, seconds)
+
+
+def check_saved(job: Job) -> None:
+    """The gates `saved` and `reload`.
+
+    Raises:
+        VerifyError: the saved model is not the trained one.
+    """
+    if job.gates.on("saved"):
+        verify.scan(job.run, job.gates)
+    if job.gates.on("reload"):
+        job.trainer.optimizer = None  # its memory is for the model that is loaded beside this one
+        if job.parts.machine.kind == "cuda":
+            torch.cuda.empty_cache()
+        verify.reload(job.run, job.gates)
 
 
 def save(job: Job) -> None:
@@ -258,39 +319,7 @@ def _write_model(job: Job, beside: Path) -> None:
     else:
         model.save_pretrained(beside)
     job.parts.encoder.tokenizer.save_pretrained(beside)
-    _check_finite(model)
     flush(beside)
-
-
-def _check_finite(model: torch.nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not torch.isfinite(parameter).all():
-            raise DivergedError(Problem("model", f"{name} holds values that are not finite", "lower the learning rate"))
-
-
-def outcome(job: Job) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """summary.json and the rows of samples.jsonl."""
-    if job.eval is None:
-        return {"method": job.recipe.method, "verdict": "not measured: the recipe holds no rows out"}, []
-    kept = {when: rundir.read_json(job.run / "logs" / f"{when}.json") for when in ("before", "after")}
-    found = {when: scores.from_lists(values["scores"]) for when, values in kept.items()}
-    samples = [
-        {
-            "prompt": heldout.prompt(row)[-1]["content"],
-            "preferred": heldout.preferred(row),
-            **{when: kept[when]["answers"][i]["text"] for when in kept},
-            **{f"{when}_tokens": kept[when]["answers"][i]["tokens"] for when in kept},
-            **{f"{when}_stopped": kept[when]["answers"][i]["stopped"] for when in kept},
-        }
-        for i, row in enumerate(heldout.asked(job.eval, len(kept["before"]["answers"])))
-    ]
-    summary = {
-        "method": job.recipe.method,
-        **scores.verdict(found["before"], found["after"]),
-        **{when: {"loss": kept[when]["loss"], **found[when].summary()} for when in kept},
-        "samples": facts.sample_numbers(samples),
-    }
-    return summary, samples
 
 
 def _fingerprints(ledger: dict[str, Any]) -> dict[str, Any]:

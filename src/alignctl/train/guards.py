@@ -1,30 +1,86 @@
-"""What stops a run: numbers that are not finite, and signals."""
+"""Gates while training goes on: are the numbers finite, do the weights move, what does the log say; and signals."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from alignctl.errors import DivergedError, Interrupted, Problem
+from alignctl.errors import Interrupted, Problem
+from alignctl.evaluate import generation
+from alignctl.evaluate.generation import Answer
+from alignctl.recipe.schema import Recipe
+from alignctl.train import model as models
+from alignctl.train.data import Rows
+from alignctl.train.gates import Gates
 
 LOSS_SCALE_SEARCH = 20
+# Updates after which the weights are looked at.
+LOOKS = (1, 10, 50)
+SAMPLES = 64
+MOVED = 0.5
+DRIFT = -0.3
+IN_A_ROW = 3
+LEAST_PAIRS = 12
+LN2 = math.log(2)
+NEAR_LN2 = 0.005
+LEAST_LOGS = 20
+DISTINCT = 0.5
+DISTINCT_FALL = 0.2
+STOP_FALL = 0.5
+_PRECISION = "lower training.learning_rate, or set model.dtype=float32 to see whether precision is the cause"
+
+
+def callbacks(trainer: Trainer, recipe: Recipe, rows: Rows, gates: Gates) -> list[TrainerCallback]:
+    """The gates that are on, watching `trainer` train on `rows`."""
+    out: list[TrainerCallback] = []
+    if gates.on("finite"):
+        out.append(Finite(trainer.model, rows, gates))
+    if gates.on("trainable"):
+        out.append(Optimizer(gates))
+    if gates.on("moved"):
+        out.append(Moved(gates))
+    if recipe.method != "sft":
+        out.append(Signs(recipe, rows, gates))
+    return out
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 class Finite(TrainerCallback):
-    """Stops before an update whose gradient is not finite, so that the weights stay those of the last good step.
+    """Stops at the first forward pass, gradient or weight that is not finite, before it does harm, and names the rows.
 
-    In float16 the loss scaler finds its scale by trying: it leaves such updates out by itself, and only a run of
-    `LOSS_SCALE_SEARCH` of them is a fault.
+    The tensors themselves are looked at, not what is logged. In float16 the loss scaler finds its scale by trying: it
+    leaves updates out by itself, and only a run of `LOSS_SCALE_SEARCH` of them is a fault.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module, rows: Rows, gates: Gates) -> None:
+        self._rows, self._gates = rows, gates
         self._in_a_row = 0
+        self._update: list[tuple[Tensor, Tensor]] = []
+        self._step = 1
+        model.register_forward_hook(self._look, with_kwargs=True)
+
+    def _look(self, model: nn.Module, args: tuple[Any, ...], given: dict[str, Any], output: Any) -> None:
+        if not model.training or not torch.is_grad_enabled():
+            return
+        ids, mask = given["input_ids"].detach(), given["attention_mask"].detach()
+        self._update.append((ids, mask))
+        finite = torch.isfinite(output.log_probs.detach()).all(1)
+        if not finite.all():
+            broken = [(ids[~finite], mask[~finite])]
+            said = f"log-probabilities of {self._names(broken)} are not finite"
+            self._gates.stopped("finite", said, _PRECISION, step=self._step)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -33,13 +89,230 @@ class Finite(TrainerCallback):
         norm = torch.nn.utils.get_total_norm(gradients)
         self._in_a_row = 0 if torch.isfinite(norm) else self._in_a_row + 1
         if self._in_a_row > (LOSS_SCALE_SEARCH if args.fp16 else 0):
-            raise DivergedError(
-                Problem(
-                    f"step {state.global_step + 1}",
-                    f"the gradient's norm is {norm.item()}, so the update would ruin every weight",
-                    "lower training.learning_rate, or set model.dtype=float32 to see whether precision is the cause",
-                )
+            said = f"the gradient's norm is {norm.item()}, so the update would ruin every weight; its rows: "
+            self._gates.stopped("finite", said + self._names(self._update), _PRECISION, step=self._step)
+        self._update.clear()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._step = state.global_step + 1
+        if state.global_step in LOOKS or control.should_save or state.global_step >= state.max_steps:
+            weights = trained(kwargs["model"])
+            norm = torch.nn.utils.get_total_norm(weights.values())
+            if not torch.isfinite(norm):
+                broken = [name for name, p in weights.items() if not torch.isfinite(p).all()]
+                said = f"{len(broken)} of {len(weights)} trained tensors are not finite, such as {broken[0]}"
+                self._gates.stopped("finite", said, _PRECISION, value=len(broken), limit=0, step=state.global_step)
+            self._gates.passed("finite", "forward passes, gradients and weights are finite", step=state.global_step)
+
+    def _names(self, batches: list[tuple[Tensor, Tensor]]) -> str:
+        """Where the rows of `batches` stand; of a pair, either side."""
+        wanted = {
+            tuple(row[keep.bool()].tolist()) for ids, mask in batches for row, keep in zip(ids, mask, strict=True)
+        }
+        found = [self._rows.place(i) for i in range(len(self._rows)) if not wanted.isdisjoint(sequences(self._rows, i))]
+        shown = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+        return shown or "rows that are not in the data"
+
+
+def sequences(rows: Rows, i: int) -> list[tuple[int, ...]]:
+    """What row `i` gives a model to read: one sequence, or one for each side of a pair."""
+    row = rows.encoded(i)
+    if "input_ids" in row:
+        return [tuple(row["input_ids"])]
+    return [tuple(row["prompt_ids"] + row[side]) for side in ("chosen_ids", "rejected_ids")]
+
+
+class Optimizer(TrainerCallback):
+    """Stops when the optimizer does not hold exactly what is trained."""
+
+    def __init__(self, gates: Gates) -> None:
+        self._gates = gates
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        weights = trained(kwargs["model"])
+        held = {id(p) for group in kwargs["optimizer"].param_groups for p in group["params"]}
+        missing = [name for name, p in weights.items() if id(p) not in held]
+        if missing:
+            said = f"the optimizer lacks {len(missing)} of {len(weights)} trained tensors, such as {missing[0]}"
+            way_out = "trl.optim and its arguments must take all of them"
+            self._gates.stopped("trainable", said, way_out, value=len(weights) - len(missing), limit=len(weights))
+
+
+class Resumed(TrainerCallback):
+    """Stops when a resumed run does not go on with the weights of its checkpoint."""
+
+    def __init__(self, note: dict[str, Any], gates: Gates) -> None:
+        self._note, self._gates = note, gates
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        found = models.trained_fingerprint(kwargs["model"])
+        expected, step = self._note.get("trained"), state.global_step
+        if found != expected or step != self._note.get("step"):
+            said = f"what was loaded is not the checkpoint of step {self._note.get('step')}"
+            way_out = "remove this checkpoint to go on from the one before, or train anew with --output DIR"
+            self._gates.stopped("resume", said, way_out, value=found[:16], limit=str(expected)[:16])
+        self._gates.passed("resume", f"goes on from step {step} with its weights and rows", value=found[:16], step=step)
+
+
+class Moved(TrainerCallback):
+    """Stops when a trained layer gets no gradient, or when the weights do not move for rounding.
+
+    Looks at up to `SAMPLES` values of every trained tensor after 1, 10 and 50 updates whose learning rate was not 0.
+    """
+
+    def __init__(self, gates: Gates) -> None:
+        self._gates = gates
+        self._start: dict[str, Tensor] = {}
+        self._updates = 0
+        self._counts = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._start = {name: sample(p) for name, p in trained(kwargs["model"]).items()}
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._counts = max(kwargs["lr_scheduler"].get_last_lr()) > 0
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self._counts or kwargs["optimizer"].step_was_skipped:
+            return
+        self._updates += 1
+        if self._updates not in LOOKS:
+            return
+        weights, step = trained(kwargs["model"]), state.global_step
+        shares = {name: (sample(p) != self._start[name]).float().mean().item() for name, p in weights.items()}
+        self._reached(weights, shares, step)
+        if self._updates > 1:
+            self._rounded(shares, step)
+
+    def _reached(self, weights: dict[str, nn.Parameter], shares: dict[str, float], step: int) -> None:
+        """Every adapter's second half, or every trained tensor, has changed."""
+        adapters = [name for name in weights if "lora_B" in name]
+        still = [name for name in adapters or weights if shares[name] == 0 and not changed(weights[name], adapters)]
+        total = len(adapters or weights)
+        after = f"after {self._updates} update{'' if self._updates == 1 else 's'}"
+        if still:
+            said = f"{len(still)} of {total} trained tensors have not moved {after}, such as {still[0]}"
+            way_out = "no gradient reaches them: training.gradient_checkpointing=false shows whether that is the cause"
+            self._gates.stopped("moved", said, way_out, value=total - len(still), limit=total, step=step)
+        self._gates.passed(
+            "moved", f"all {total} trained tensors have moved {after}", value=total, limit=total, step=step
+        )
+
+    def _rounded(self, shares: dict[str, float], step: int) -> None:
+        share = sorted(shares.values())[len(shares) // 2]
+        if share < MOVED:
+            said = f"half of the trained tensors have moved in {share:.0%} of their values or fewer: updates round away"
+            way_out = "raise training.learning_rate, or keep trained weights in float32"
+            self._gates.stopped("moved", said, way_out, value=round(share, 3), limit=MOVED, step=step)
+
+
+def sample(parameter: Tensor) -> Tensor:
+    """Up to `SAMPLES` values of a tensor, evenly spaced, on the CPU."""
+    values = parameter.detach().reshape(-1)
+    return values[:: max(1, values.numel() // SAMPLES)][:SAMPLES].clone().cpu()
+
+
+def changed(parameter: Tensor, adapters: list[str]) -> bool:
+    """Whether a `lora_B`, which begins at 0, holds anything else outside of the sample."""
+    return bool(adapters) and bool(parameter.detach().any())
+
+
+class Signs(TrainerCallback):
+    """Says what the log of a preference run means: chosen answers become unlikely, or the data teaches nothing."""
+
+    def __init__(self, recipe: Recipe, rows: Rows, gates: Gates) -> None:
+        self._recipe, self._gates = recipe, gates
+        self._tokens = float(rows.lengths("chosen_ids").mean())
+        self._pairs = recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
+        self._first: float | None = None
+        self._low = self._right = 0
+        self._losses: list[float] = []
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        if "loss" not in logs or "rewards/chosen" not in logs:
+            return
+        self._losses.append(logs["loss"])
+        if self._gates.on("drift"):
+            self._drift(logs, state.global_step)
+        if self._gates.on("easy"):
+            self._easy(logs, args, state)
+
+    def _drift(self, logs: dict[str, float], step: int) -> None:
+        """For DPO against the reference, for ORPO against its first log line; log-probability a token."""
+        if self._recipe.dpo is not None:
+            drift = logs["rewards/chosen"] / self._recipe.dpo.beta / self._tokens
+        else:
+            self._first = logs["logps/chosen"] if self._first is None else self._first
+            drift = logs["logps/chosen"] - self._first
+        self._low = self._low + 1 if drift < DRIFT else 0
+        if self._low >= IN_A_ROW:
+            said = f"chosen answers have become unlikelier: {drift:.2f} nats a token"
+            way_out = "a lower learning rate, a higher beta, or dpo.loss_type: [sigmoid, sft] hold them"
+            self._gates.warned("drift", said, way_out, value=round(drift, 3), limit=DRIFT, step=step)
+        else:
+            self._gates.passed(
+                "drift", f"chosen answers: {drift:+.2f} nats a token", value=round(drift, 3), limit=DRIFT
             )
+
+    def _easy(self, logs: dict[str, float], args: TrainingArguments, state: TrainerState) -> None:
+        """Every pair right in three log lines of the first tenth of a run."""
+        self._right = self._right + 1 if logs["rewards/accuracies"] == 1 else 0
+        pairs = self._right * args.logging_steps * self._pairs
+        if self._right >= IN_A_ROW and pairs >= LEAST_PAIRS and state.global_step <= state.max_steps / 10:
+            said = f"all of {pairs} pairs in a row were told apart by step {state.global_step} of {state.max_steps}"
+            way_out = "the rejected answers are too easy to tell: alignctl check says by what"
+            self._gates.warned("easy", said, way_out, value=1.0, step=state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._gates.on("easy"):
+            self._gates.passed("easy", "the pairs took learning")
+        if self._recipe.dpo is None or self._recipe.dpo.loss_type != "sigmoid" or not self._gates.on("noise"):
+            return
+        last = self._losses[-max(1, len(self._losses) // 4) :]
+        loss = sum(last) / len(last) if last else math.nan
+        if len(self._losses) >= LEAST_LOGS and abs(loss - LN2) < NEAR_LN2:
+            said = f"the loss ended at {loss:.4f}, and ln 2 is what guessing gives: nothing was learned"
+            way_out = "a higher learning rate, more steps, or pairs whose difference is no noise"
+            self._gates.warned("noise", said, way_out, value=round(loss, 4), limit=round(LN2, 4))
+        else:
+            self._gates.passed("noise", f"the loss ended at {loss:.4f}", value=round(loss, 4), limit=round(LN2, 4))
+
+
+class Answers(TrainerCallback):
+    """At every evaluation: do the answers to a few held-out prompts still end, and say something new?"""
+
+    def __init__(self, ask: Callable[[], list[Answer]], before: list[Answer], gates: Gates) -> None:
+        self._ask, self._before, self._gates = ask, before, gates
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        collapse(self._before, self._ask(), self._gates, state.global_step)
+
+
+def collapse(before: list[Answer], after: list[Answer], gates: Gates, step: int | None = None) -> None:
+    """Warn where answers have begun to repeat themselves, or no longer end."""
+    old, new = generation.summary(before), generation.summary(after)
+    said = (
+        f"{new['stop_rate']:.0%} of {len(after)} answers end, and {new['distinct_2']:.0%} of their word pairs are new"
+    )
+    repeats = new["distinct_2"] < DISTINCT and new["distinct_2"] < old["distinct_2"] - DISTINCT_FALL
+    runs_on = new["stop_rate"] <= old["stop_rate"] - STOP_FALL
+    way_out = "a lower learning rate or fewer steps; look at samples.jsonl"
+    if repeats or runs_on:
+        said += f"; before training {old['stop_rate']:.0%} and {old['distinct_2']:.0%}"
+        gates.warned("answers", said, way_out, value=round(new["distinct_2"], 3), limit=DISTINCT, step=step)
+    else:
+        gates.passed("answers", said, value=round(new["distinct_2"], 3), limit=DISTINCT, step=step)
 
 
 class Signals(TrainerCallback):

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from alignctl.errors import MachineError, Problem
 
 GIB = 2**30
+LESS_MEMORY = (
+    "in order of least harm: training.gradient_checkpointing=true, a smaller training.per_device_train_batch_size "
+    "with more gradient_accumulation_steps, a `quantization:` section, a smaller data.max_length"
+)
+NEARLY_ALL = 0.8
+_CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True)
@@ -49,10 +58,7 @@ class Machine:
 
     def peak_memory_gib(self) -> float:
         """Peak memory so far in GiB: allocated on a GPU, resident on a CPU."""
-        if self.kind == "cuda":
-            return torch.cuda.max_memory_allocated() / GIB
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+        return torch.cuda.max_memory_allocated() / GIB if self.kind == "cuda" else peak_host_gib()
 
 
 def detect() -> Machine:
@@ -62,3 +68,25 @@ def detect() -> Machine:
         return Machine("cuda", torch.cuda.get_device_name(0), bf16)
     bf16 = bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return Machine("cpu", f"{platform.machine()} CPU, {torch.get_num_threads()} threads", bf16)
+
+
+def peak_host_gib() -> float:
+    """Peak resident memory of this process so far in GiB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def host_memory_gib() -> float:
+    """Memory that this process may use in GiB: the machine's, or its container's."""
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+    limit = _CGROUP.read_text(encoding="ascii").strip() if _CGROUP.is_file() else "max"
+    return whole if limit == "max" else min(whole, int(limit) / GIB)
+
+
+def killed(last: dict[str, Any] | None) -> str:
+    """What is known of a run that was killed, from the last line of its metrics."""
+    if last is None:
+        return "note: the run was killed before its first step"
+    peak, there = last.get("peak_host_gib", 0.0), host_memory_gib()
+    said = f"note: the run was killed after step {last['step']}, at a peak of {peak:.1f} of {there:.1f} GiB of memory"
+    return said + (f"; a system that runs out of memory does so — {LESS_MEMORY}" if peak > NEARLY_ALL * there else "")

@@ -59,6 +59,7 @@ def load_base(recipe: Recipe, precision: torch.dtype, machine: Machine) -> PreTr
         dtype=precision if recipe.trains_adapter else torch.float32,
         quantization_config=quantization(recipe, precision, machine),
         attn_implementation=None if attention == "auto" else attention,
+        use_safetensors=recipe.model.use_safetensors or None,
         trust_remote_code=recipe.model.trust_remote_code,
         device_map={"": machine.device},
     )
@@ -109,6 +110,9 @@ def adapter_folder(recipe: Recipe) -> Path | None:
         weights = next((p for p in (given / "model", given) if (p / "config.json").is_file()), None)
         way_out = f"model.name_or_path: {weights} (all weights were trained there)" if weights else "train it first"
         raise RecipeError(Problem("model.adapter", f"no adapter in {given}", way_out))
+    if recipe.model.use_safetensors and not (folder / "adapter_model.safetensors").is_file():
+        what = f"{folder} holds no adapter_model.safetensors, and a pickle file can run code when it is loaded"
+        raise RecipeError(Problem("model.adapter", what, "model.use_safetensors=false, if you trust where it is from"))
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     _same_shape(recipe, config, folder)
     return folder
@@ -139,12 +143,33 @@ def fingerprint(model: torch.nn.Module, without: str | None = None) -> str:
 
     Parameters whose name holds `without` are left out.
     """
+    return _digest({name: p for name, p in model.named_parameters() if without is None or without not in name})
+
+
+def base_fingerprint(model: PreTrainedModel | PeftModel) -> str:
+    """`fingerprint` of the weights below any adapter, the same with and without one."""
+    owner = model.get_base_model() if isinstance(model, PeftModel) else model
+    plain = {name.replace(".base_layer", ""): p for name, p in owner.named_parameters() if "lora_" not in name}
+    return _digest(plain)
+
+
+def trained_fingerprint(model: torch.nn.Module) -> str:
+    """`fingerprint` of what is trained."""
+    return _digest({name: p for name, p in model.named_parameters() if p.requires_grad})
+
+
+def _digest(parameters: dict[str, torch.nn.Parameter]) -> str:
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if without is not None and without in name:
-            continue
+    for name, parameter in sorted(parameters.items()):
         values = parameter.detach().reshape(-1)
         step = max(1, values.numel() // 64)
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(values[::step][:64].contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def storage(recipe: Recipe, precision: torch.dtype) -> str:
+    """How the base's weights are kept, in a word."""
+    if recipe.quantization is not None:
+        return recipe.quantization.bnb_4bit_quant_type
+    return "float32" if not recipe.trains_adapter else str(precision).removeprefix("torch.")

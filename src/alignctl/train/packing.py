@@ -25,7 +25,6 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignctl.errors import DivergedError, Problem
 from alignctl.train import attention
 from alignctl.train.attention import Segment, Segments
 
@@ -132,25 +131,15 @@ class Difference:
     padded_tokens: int
 
 
-def verify(model: PreTrainedModel, ids: Tensor, mask: Tensor, precision: torch.dtype) -> Difference:
-    """Compute a batch both ways, and stop when they differ by more than rounding.
+@torch.no_grad()
+def compare(model: PreTrainedModel, ids: Tensor, mask: Tensor, precision: torch.dtype) -> Difference:
+    """Compute the batch `ids` `[N, L]` both ways, without gradients and without dropout.
 
     Raises:
-        DivergedError: they do.
         ValueError: the rows are not padded on the right.
     """
     if not _is_packable(mask, {}):
         raise ValueError("rows must be padded on the right to be packed")
-    found = compare(model, ids, mask, precision)
-    if not found.worst <= found.limit:
-        what = f"the first batch packed and padded differ by {found.worst:.1e}, more than rounding ({found.limit:g})"
-        raise DivergedError(Problem("training.packed", what, "training.packed=off, and report it"))
-    return found
-
-
-@torch.no_grad()
-def compare(model: PreTrainedModel, ids: Tensor, mask: Tensor, precision: torch.dtype) -> Difference:
-    """Compute the batch `ids` `[N, L]` both ways, without gradients and without dropout."""
     inner, training = backbone(model), model.training
     model.eval()
     real = mask.bool()

@@ -11,10 +11,13 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from alignctl.rundir import RunDir
+from alignctl.rundir import RunDir, write_json
 from alignctl.train.arguments import WRITING
-from alignctl.train.machine import Machine
+from alignctl.train.machine import Machine, peak_host_gib
+from alignctl.train.model import trained_fingerprint
 
+# What a checkpoint says of itself, for a run that goes on from it.
+NOTE = "alignctl.json"
 _RENAMED = {"learning_rate": "lr"}
 _LEFT_OUT = (
     "total_flos",
@@ -63,6 +66,7 @@ class Metrics(TrainerCallback):
             "tokens_per_second": round((tokens - tokens_then) / seconds, 1),
             "pairs_per_second": round((epoch - epoch_then) * self.rows / seconds, 3),
             "peak_memory_gib": round(self.machine.peak_memory_gib(), 3),
+            "peak_host_gib": round(peak_host_gib(), 3),
             "eta_seconds": round((now - began) / done * (state.max_steps - state.global_step), 1),
         }
 
@@ -75,11 +79,13 @@ class Checkpoints(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        write_json(written / NOTE, {"step": state.global_step, "trained": trained_fingerprint(kwargs["model"])})
         flush(written)
         target = self.run / "checkpoints" / f"step-{state.global_step}"
         if target.exists():
             shutil.rmtree(target)
         written.rename(target)
+        sync(target.parent)
         for old in self.run.checkpoints()[: -self.keep]:
             shutil.rmtree(old)
 
@@ -89,8 +95,15 @@ class Checkpoints(TrainerCallback):
 
 
 def flush(folder: Path) -> None:
-    """Wait until every file under `folder` is on the disk."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+    """Wait until everything under `folder`, and its name, is on the disk."""
+    for path in (folder, *folder.rglob("*")):
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -41,4 +41,9 @@ def load_encoder(recipe: Recipe) -> Encoder:
 
 def template_hash(encoder: Encoder) -> str:
     """SHA-256 of the chat template's text."""
-    return hashlib.sha256(str(encoder.tokenizer.chat_template).encode()).hexdigest()
+    return text_hash(str(encoder.tokenizer.chat_template))
+
+
+def text_hash(template: str) -> str:
+    """SHA-256 of a chat template's text."""
+    return hashlib.sha256(template.encode()).hexdigest()

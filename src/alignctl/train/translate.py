@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from alignctl.errors import AlignctlError, MachineError, Problem, RecipeError
 from alignctl.rundir import RunDir
+from alignctl.train.machine import LESS_MEMORY
 
 
 @contextlib.contextmanager
@@ -21,6 +22,9 @@ def refused() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         what = " ".join(str(error).split())
+        if "file named model.safetensors" in what:
+            what, way_out = "there are no .safetensors weights", "take a revision that has them, or model.use_safetensors"
+            raise RecipeError(Problem("model.name_or_path", what, f"{way_out}=false, if you trust them")) from error
         if isinstance(error, OSError) and (error.errno is not None or "huggingface.co" in what):
             raise
         raise RecipeError(Problem("model", what, "change the recipe accordingly")) from error
@@ -32,15 +36,7 @@ def translated(run: RunDir | None = None) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise MachineError(
-            Problem(
-                "memory",
-                str(error).splitlines()[0].strip(),
-                "in order of least harm: training.gradient_checkpointing=true, a smaller "
-                "training.per_device_train_batch_size with more gradient_accumulation_steps, a `quantization:` "
-                "section, a smaller data.max_length",
-            )
-        ) from error
+        raise MachineError(Problem("memory", str(error).splitlines()[0].strip(), LESS_MEMORY)) from error
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError) as error:
         raise _no_model(error) from error
     except (OSError, SafetensorError, RuntimeError) as error:

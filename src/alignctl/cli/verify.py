@@ -1,0 +1,41 @@
+"""`alignctl verify`: is what a run saved what it trained?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alignctl import quiet
+from alignctl.errors import AlignctlError, Problem, RecipeError
+from alignctl.recipe.load import load
+from alignctl.rundir import RunDir
+
+
+def command(folder: Path) -> None:
+    """Look at the saved model of the run in `folder`, as its training did at its end.
+
+    Raises:
+        RecipeError: it is no run, or has saved no model.
+        VerifyError: the saved model is not the trained one; run.json says so from then on.
+    """
+    run = RunDir(folder)
+    if not run.record:
+        raise RecipeError(Problem(str(folder), "is no run", "give the folder that --output named"))
+    if not (run / "model").is_dir() or not (run / "logs" / "live.json").is_file():
+        raise RecipeError(Problem(str(folder), f"has saved no model (status: {run.status})", "train it to its end"))
+    recipe = load(run / "recipe.yaml").recipe
+    run.claim()
+    with quiet.libraries(run / "logs" / "libraries.log") as user:
+        from alignctl.train import verify
+        from alignctl.train.display import Display
+        from alignctl.train.gates import Gates
+
+        display = Display(user)
+        gates = Gates(recipe, run, display.say)
+        try:
+            with display.waiting("looking at the saved model"):
+                verify.scan(run, gates)
+                verify.reload(run, gates)
+        except AlignctlError as error:
+            run.update(status="failed", why=str(error))
+            raise
+        display.gates({name: found for name, found in gates.results.items() if name in ("saved", "reload")})

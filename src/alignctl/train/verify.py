@@ -1,0 +1,174 @@
+"""Is the saved model the trained one? Scanned on disk, then loaded in a new process and compared.
+
+`python -m alignctl.train.verify RUN` is that process; it writes what it computes to the run's logs.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, PreTrainedModel, Trainer
+
+from alignctl import rundir
+from alignctl.errors import VerifyError
+from alignctl.recipe.load import load
+from alignctl.recipe.schema import Recipe
+from alignctl.rundir import RunDir
+from alignctl.train import machine
+from alignctl.train import model as models
+from alignctl.train.data import Rows
+from alignctl.train.gates import Gates
+from alignctl.train.guards import sequences
+from alignctl.train.tokenizer import text_hash
+from alignctl.train.tokens import Encoder
+
+ROWS = 4
+TOKENS = 256
+# How far a token's log-probability may be from the live model's: the same computation, in another process.
+SAME = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 2e-2}
+_AGAIN = "the checkpoints are whole: train again with --resume, and report it"
+
+
+@torch.no_grad()
+def note_live(trainer: Trainer, rows: Rows, encoder: Encoder, precision: torch.dtype, run: RunDir) -> None:
+    """Write what the live model makes of a few rows to logs/live.json, for `reload` to compare with."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    ids = [list(sequences(rows, i)[0][:TOKENS]) for i in range(min(ROWS, len(rows)))]
+    found = token_logps(model, ids, precision)
+    live = {"ids": ids, "logps": found, "stop_ids": list(encoder.stop_ids)}
+    live["dtype"] = str(precision).removeprefix("torch.")
+    rundir.write_json(run / "logs" / "live.json", live)
+
+
+@torch.no_grad()
+def token_logps(model: PreTrainedModel, ids: list[list[int]], precision: torch.dtype) -> list[list[float]]:
+    """Log-probability of every token but the first of each row."""
+    was_training = model.training
+    model.eval()
+    out = []
+    for row in ids:
+        given = torch.tensor([row], device=model.device)
+        with torch.autocast(model.device.type, dtype=precision, enabled=precision != torch.float32):
+            logits = model(input_ids=given, use_cache=False).logits[0, :-1].float()
+        out.append(logits.log_softmax(-1).gather(1, given[0, 1:, None]).squeeze(1).tolist())
+    model.train(was_training)
+    return out
+
+
+def scan(run: RunDir, gates: Gates) -> None:
+    """The gate `saved`: the files of `model/` hold what a model needs, and every number is finite.
+
+    Raises:
+        VerifyError: they do not.
+    """
+    folder = run / "model"
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        gates.stopped("saved", f"{folder} holds no weights (.safetensors)", _AGAIN, error=VerifyError)
+    count = zero = 0
+    for file in files:
+        for name, tensor in _tensors(file, gates):
+            if not torch.isfinite(tensor).all():
+                said = f"{name} in {file.name} holds values that are not finite"
+                gates.stopped("saved", said, "train again with a lower learning rate", error=VerifyError)
+            count += 1
+            zero += "lora_B" in name and not tensor.any()
+    if zero:
+        said = f"{zero} adapters are all zero: they change nothing"
+        gates.stopped("saved", said, _AGAIN, value=zero, limit=0, error=VerifyError)
+    lacking = _lacking(run)
+    if lacking:
+        gates.stopped("saved", lacking, _AGAIN, error=VerifyError)
+    gates.passed("saved", f"{count} tensors, all finite; template and stop tokens are there", value=count)
+
+
+def _tensors(file: Path, gates: Gates) -> list[tuple[str, torch.Tensor]]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return [(name, opened.get_tensor(name)) for name in opened.keys()]  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as error:
+        gates.stopped("saved", f"{file} cannot be read: {error}", _AGAIN, error=VerifyError)
+
+
+def _lacking(run: RunDir) -> str:
+    """What the tokenizer or the generation config lacks; empty when nothing."""
+    folder, live = run / "model", rundir.read_json(run / "logs" / "live.json")
+    generation = rundir.read_json(folder / "generation_config.json")
+    ends = generation.get("eos_token_id") or []
+    missing = set(live["stop_ids"]) - set(ends if isinstance(ends, list) else [ends])
+    if missing:
+        return f"generation_config.json lacks the stop tokens {sorted(missing)}: answers would not end"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        return f"the tokenizer cannot be loaded: {' '.join(str(error).split())}"
+    if text_hash(str(tokenizer.chat_template)) != run.record["template"]["sha256"]:
+        return "the tokenizer's chat template is not the one that was trained with"
+    return ""
+
+
+def reload(run: RunDir, gates: Gates) -> None:
+    """The gate `reload`: loaded in a new process, the model computes what it did when it was trained, and not the base.
+
+    Raises:
+        VerifyError: it does not.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "alignctl.train.verify", str(run.path)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        gates.stopped("reload", f"the saved model cannot be loaded: {last}", _AGAIN, error=VerifyError)
+    live = rundir.read_json(run / "logs" / "live.json")
+    found = rundir.read_json(run / "logs" / "reloaded.json")
+    limit = SAME[live["dtype"]]
+    apart, moved = _worst(found["logps"], live["logps"]), _worst(found["base"], live["logps"])
+    said = (
+        f"loaded in a new process, log-probabilities differ by {apart:.1e} a token at most, the base's by {moved:.1e}"
+    )
+    if not apart <= limit:
+        gates.stopped("reload", said, _AGAIN, value=apart, limit=limit, error=VerifyError)
+    if not moved > apart:
+        what = f"{said}: the saved model is as good as the base"
+        gates.stopped(
+            "reload", what, "a higher learning rate, or more steps", value=moved, limit=apart, error=VerifyError
+        )
+    gates.passed("reload", said, value=apart, limit=limit)
+
+
+def _worst(found: list[list[float]], expected: list[list[float]]) -> float:
+    pairs = [(a, b) for ours, theirs in zip(found, expected, strict=True) for a, b in zip(ours, theirs, strict=True)]
+    return max(abs(a - b) for a, b in pairs)
+
+
+def main(folder: Path) -> None:
+    """Load the model of the run in `folder`, and what it was trained from; write what both make of the noted rows."""
+    recipe = load(folder / "recipe.yaml").recipe
+    live = rundir.read_json(folder / "logs" / "live.json")
+    where = machine.detect()
+    precision = where.precision(recipe.model.dtype)
+    base = models.load_base(recipe, precision, where)
+    found: dict[str, Any] = {"base": token_logps(base, live["ids"], precision)}
+    found["logps"] = token_logps(_tuned(recipe, base, folder / "model", precision, where), live["ids"], precision)
+    rundir.write_text(folder / "logs" / "reloaded.json", json.dumps(found))
+
+
+def _tuned(
+    recipe: Recipe, base: PreTrainedModel, folder: Path, precision: torch.dtype, where: machine.Machine
+) -> PreTrainedModel | PeftModel:
+    if recipe.trains_adapter:
+        return PeftModel.from_pretrained(base, folder).eval()
+    changes = {"name_or_path": str(folder), "revision": None}
+    trained = recipe.model_copy(update={"model": recipe.model.model_copy(update=changes)})
+    return models.load_base(trained, precision, where)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
