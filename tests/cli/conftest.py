@@ -1,18 +1,13 @@
-"""A model folder made on the spot, recipes around it, and the command line in this process."""
+"""A model folder made on the spot, and recipes around it."""
 
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from alignctl.cli.main import main
 
 RECIPE = """model: {{name_or_path: {model}}}
 lora: {{r: 4}}
@@ -51,25 +46,3 @@ def data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path
         return path
 
     return write
-
-
-@pytest.fixture
-def here(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the command line in this process, where the libraries are imported already."""
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        monkeypatch.setattr(sys, "argv", ["alignctl", *arguments])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        code: Any = 0
-        try:
-            main()
-        except SystemExit as ended:
-            code = ended.code or 0
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        return subprocess.CompletedProcess(arguments, code, *capfd.readouterr())
-
-    return run
