@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from alignctl import quiet
-from alignctl.errors import AlignctlError, Problem, RecipeError
+from alignctl.errors import Problem, RecipeError, VerifyError
 from alignctl.recipe.load import load
 from alignctl.rundir import RunDir
 
@@ -23,6 +23,8 @@ def command(folder: Path) -> None:
     if not (run / "model").is_dir() or not (run / "logs" / "live.json").is_file():
         raise RecipeError(Problem(str(folder), f"has saved no model (status: {run.status})", "train it to its end"))
     recipe = load(run / "recipe.yaml").recipe
+    if recipe.model.name_or_path.startswith(str(run / "stand-in")):
+        raise RecipeError(Problem(str(folder), "was a smoke run, whose stand-in model is gone", "verify a real run"))
     run.claim()
     with quiet.libraries(run / "logs" / "libraries.log") as user:
         from alignctl.train import verify
@@ -33,9 +35,12 @@ def command(folder: Path) -> None:
         gates = Gates(recipe, run, display.say)
         try:
             with display.waiting("looking at the saved model"):
+                reloading = verify.begin(run)
                 verify.scan(run, gates)
-                verify.reload(run, gates)
-        except AlignctlError as error:
+                verify.reload(run, gates, reloading)
+        except VerifyError as error:
             run.update(status="failed", why=str(error))
             raise
+        if run.record["status"] == "failed":
+            run.update(status="finished", why=None)
         display.gates({name: found for name, found in gates.results.items() if name in ("saved", "reload")})

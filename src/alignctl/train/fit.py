@@ -100,7 +100,9 @@ def fit(loaded: Loaded, run: RunDir, display: Display, *, smoke: bool, resume: P
     with signals.caught(), translated(run):
         job = assemble(loaded, run, display, smoke=smoke, resume=resume)
         train(job, signals, resume)
-        finish(job, began)
+        reloading = verify.begin(run) if job.gates.on("reload") else None
+        measure_after(job)
+        finish(job, began, reloading)
 
 
 def assemble(loaded: Loaded, run: RunDir, display: Display, *, smoke: bool, resume: Path | None = None) -> Job:
@@ -223,7 +225,7 @@ def _computable(recipe: Recipe, where: machine.Machine) -> Recipe:
 
 
 def train(job: Job, signals: Signals, resume: Path | None) -> None:
-    """Measure, train, and measure again.
+    """Measure, and train.
 
     Raises:
         Interrupted: a signal came; the checkpoint is saved.
@@ -254,6 +256,10 @@ def train(job: Job, signals: Signals, resume: Path | None) -> None:
                 f"{job.run.record['command']} --resume",
             ),
         )
+
+
+def measure_after(job: Job) -> None:
+    """The held-out rows after training, and the gates that ask what they mean."""
     job.measure("after")
     if job.eval is not None:
         outcome.judge_after(job.run, job.eval, job.gates)
@@ -269,7 +275,7 @@ def _probe(job: Job, held_out: Rows) -> list[TrainerCallback]:
     ]
 
 
-def finish(job: Job, began: float) -> None:
+def finish(job: Job, began: float, reloading: subprocess.Popen[str] | None) -> None:
     """Save the model, write what came out, look at what was saved, and only then call the run finished."""
     verify.note_live(job.trainer, job.train, job.parts.encoder, job.parts.precision, job.run)
     save(job)
@@ -278,7 +284,7 @@ def finish(job: Job, began: float) -> None:
     rundir.write_jsonl(job.run / "samples.jsonl", samples)
     rundir.write_text(job.run / "model" / "README.md", card.text(job.recipe, job.run.record, summary))
     with job.display.waiting("looking at the saved model"):
-        check_saved(job)
+        check_saved(job, reloading)
     shutil.rmtree(job.run / "stand-in", ignore_errors=True)
     seconds = round(time.monotonic() - began, 1)
     job.run.update(status="finished", ended=rundir.now(), seconds=seconds)
@@ -286,7 +292,7 @@ def finish(job: Job, began: float) -> None:
     facts.closing(job.display, job.run, summary, samples, seconds)
 
 
-def check_saved(job: Job) -> None:
+def check_saved(job: Job, reloading: subprocess.Popen[str] | None) -> None:
     """The gates `saved` and `reload`.
 
     Raises:
@@ -294,11 +300,11 @@ def check_saved(job: Job) -> None:
     """
     if job.gates.on("saved"):
         verify.scan(job.run, job.gates)
-    if job.gates.on("reload"):
+    if reloading is not None:
         job.trainer.optimizer = None  # its memory is for the model that is loaded beside this one
         if job.parts.machine.kind == "cuda":
             torch.cuda.empty_cache()
-        verify.reload(job.run, job.gates)
+        verify.reload(job.run, job.gates, reloading)
 
 
 def save(job: Job) -> None:

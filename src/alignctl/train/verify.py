@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedModel, Trainer
 
 from alignctl import rundir
-from alignctl.errors import VerifyError
+from alignctl.errors import MachineError, Problem, VerifyError
 from alignctl.recipe.load import load
 from alignctl.recipe.schema import Recipe
 from alignctl.rundir import RunDir
@@ -33,6 +33,7 @@ ROWS = 4
 TOKENS = 256
 # How far a token's log-probability may be from the live model's: the same computation, in another process.
 SAME = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 2e-2}
+NO_BASE = 3
 _AGAIN = "the checkpoints are whole: train again with --resume, and report it"
 
 
@@ -114,17 +115,26 @@ def _lacking(run: RunDir) -> str:
     return ""
 
 
-def reload(run: RunDir, gates: Gates) -> None:
+def begin(run: RunDir) -> subprocess.Popen[str]:
+    """A new process that imports what it needs, and waits; it ends by itself when this one does."""
+    command = [sys.executable, "-m", "alignctl.train.verify", str(run.path)]
+    with (run / "logs" / "reload.log").open("w", encoding="utf-8") as log:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True)
+
+
+def reload(run: RunDir, gates: Gates, process: subprocess.Popen[str]) -> None:
     """The gate `reload`: loaded in a new process, the model computes what it did when it was trained, and not the base.
 
     Raises:
+        MachineError: the base is not there any more.
         VerifyError: it does not.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "alignctl.train.verify", str(run.path)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    process.communicate("go\n")
+    if process.returncode:
+        lines = (run / "logs" / "reload.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        last = lines[-1] if lines else "it said nothing"
+        if process.returncode == NO_BASE:
+            raise MachineError(Problem("model.name_or_path", f"the base cannot be loaded: {last}", "put it back"))
         gates.stopped("reload", f"the saved model cannot be loaded: {last}", _AGAIN, error=VerifyError)
     live = rundir.read_json(run / "logs" / "live.json")
     found = rundir.read_json(run / "logs" / "reloaded.json")
@@ -154,7 +164,11 @@ def main(folder: Path) -> None:
     live = rundir.read_json(folder / "logs" / "live.json")
     where = machine.detect()
     precision = where.precision(recipe.model.dtype)
-    base = models.load_base(recipe, precision, where)
+    try:
+        base = models.load_base(recipe, precision, where)
+    except OSError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        sys.exit(NO_BASE)
     found: dict[str, Any] = {"base": token_logps(base, live["ids"], precision)}
     found["logps"] = token_logps(_tuned(recipe, base, folder / "model", precision, where), live["ids"], precision)
     rundir.write_text(folder / "logs" / "reloaded.json", json.dumps(found))
@@ -170,5 +184,5 @@ def _tuned(
     return models.load_base(trained, precision, where)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.stdin.readline():
     main(Path(sys.argv[1]))
