@@ -276,10 +276,12 @@ def _ends(trainer: Trainer) -> list[int]:
     return found if isinstance(found, list) else [found]
 
 
+def _doubled(trainer: Trainer, ids: list[int]) -> bool:
+    return ids[:2] == [trainer.processing_class.bos_token_id] * 2
+
+
 def twice(trainer: Trainer) -> str:
-    bos = trainer.processing_class.bos_token_id
-    said = "sequences begin with BOS twice"
-    return count(trainer, said, lambda asked, answer: (asked + answer)[:2] == [bos, bos])
+    return count(trainer, "sequences begin with BOS twice", lambda asked, answer: _doubled(trainer, asked + answer))
 
 
 def begins_with_end(trainer: Trainer) -> str:
@@ -446,6 +448,7 @@ FAULTS = [
         rows=[{"text": f"<|im_start|>user {row['prompt']}"} for row in pairs()],
         method="sft",
         tokenizer=adds_bos,
+        sound=lambda t: none(t, "no row begins with BOS twice", lambda q, a: _doubled(t, q + a)),
     ),
     Fault(
         15,

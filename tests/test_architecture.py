@@ -10,7 +10,7 @@ from pathlib import Path
 SRC = Path(__file__).parents[1] / "src" / "alignctl"
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "numpy"}
 LAYERS = [  # a room may import only rooms of the lines above its own
-    {"errors"},
+    {"errors", "secrets"},
     {"recipe", "formats", "rundir", "quiet", "terminal"},
     {"evaluate"},
     {"train"},

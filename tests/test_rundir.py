@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from alignctl import rundir
-from alignctl.errors import RecipeError
+from alignctl.errors import AlignctlError, MachineError, RecipeError
 from alignctl.rundir import RunDir
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    """What is in a folder, without the lock."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
 
 
 def made(path: Path, *parts: str, **record: object) -> RunDir:
@@ -30,12 +39,13 @@ def made(path: Path, *parts: str, **record: object) -> RunDir:
             (path / part).mkdir()
             (path / part / "weights").write_text("old\n", encoding="utf-8")
     run.update(**record)
+    run.release()
     return run
 
 
-def refusal(path: Path, *, overwrite: bool, file: str = "") -> str:
+def refusal(path: Path, *, overwrite: bool, file: str = "", error: type[AlignctlError] = RecipeError) -> str:
     """What is said when the folder is refused, for itself or for the `file` in it; the place is left out."""
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(error) as caught:
         RunDir(path).create({}, overwrite=overwrite)
     (problem,) = caught.value.problems
     assert problem.where == str(path / file)
@@ -143,16 +153,26 @@ def test_create_a_folder(empty: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["metrics.jsonl", "model", "checkpoints"])
-@pytest.mark.parametrize("status", ["finished", "failed", "running"])
-def test_a_run_that_trained_is_refused(part: str, status: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("status", "said"), [("finished", "finished"), ("failed", "failed"), ("running", "killed")])
+def test_a_run_that_trained_is_refused(part: str, status: str, said: str, tmp_path: Path) -> None:
     run = made(tmp_path / "run", part, status=status)
     assert run.trained
     assert refusal(run.path, overwrite=False) == (
-        f"holds a run already (status: {status}) — --resume to go on with it, --output DIR to keep both, "
-        "--overwrite to replace it"
+        f"holds a run already (status: {said}) — --output DIR to keep both, --overwrite to replace it"
     )
     assert names(run.path) == sorted(["logs", "run.json", part])
     assert RunDir(run.path).record == run.record
+
+
+@pytest.mark.parametrize(
+    ("status", "way_out"),
+    [("finished", ""), ("failed", "--resume to go on with it, "), ("running", "--resume to go on")],
+)
+def test_a_run_with_a_checkpoint_can_go_on_unless_it_is_finished(status: str, way_out: str, tmp_path: Path) -> None:
+    run = made(tmp_path / "run", status=status)
+    (run / "checkpoints" / "step-3").mkdir(parents=True)
+    said = refusal(run.path, overwrite=False)
+    assert way_out in said and ("--resume" in said) == bool(way_out)
 
 
 def test_a_run_that_trained_is_replaced_when_asked(tmp_path: Path) -> None:
@@ -223,16 +243,180 @@ def test_a_parent_without_permission_cannot_be_written(tmp_path: Path, monkeypat
     assert refusal(tmp_path / "run", overwrite=False) == expected
 
 
-def test_a_link_to_a_run_is_replaced_or_refused(tmp_path: Path) -> None:
+def test_a_link_to_a_run_is_a_run(tmp_path: Path) -> None:
     made(tmp_path / "scratch", "model", status="finished")
     link = tmp_path / "run"
     link.symlink_to(tmp_path / "scratch")
-    with contextlib.suppress(RecipeError):
-        RunDir(link).create({}, overwrite=True)
-    assert RunDir(link).record["status"] in ("finished", "running")
+    assert refusal(link, overwrite=False).startswith("holds a run already")
+    RunDir(link).create({"command": "again"}, overwrite=True)
+    assert names(tmp_path / "scratch") == ["logs", "run.json"]
+    assert link.is_symlink() and RunDir(tmp_path / "scratch").record["command"] == "again"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_the_machines(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", full)
+    said = refusal(tmp_path / "run", overwrite=False, error=MachineError)
+    assert said == "the disk is full — free space, then run again"
+    assert not RunDir(tmp_path / "run").is_claimed()
+
+
+@pytest.mark.parametrize("stop", ["run.json", "checkpoints.writing", "model", "metrics.jsonl"])
+def test_a_run_that_was_killed_while_it_replaced_another_is_not_taken_for_it(
+    stop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped anywhere in what `--overwrite` does, the old checkpoints never stand under the new record."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(function: Callable[..., Any], path: Path, *given: Any) -> Any:
+        if path.name == stop:
+            raise Killed
+        return function(path, *given)
+
+    old = made(tmp_path / "run", "metrics.jsonl", "model", status="failed", command="old")
+    (old / "checkpoints" / "step-3").mkdir(parents=True)
+    for name in ("write_json", "remove"):
+        function = rundir.__dict__[name]
+        monkeypatch.setattr(rundir, name, lambda *given, function=function: kill(function, *given))
+    with pytest.raises(Killed):
+        RunDir(old.path).create({"command": "new"}, overwrite=True)
+    monkeypatch.undo()
+    left = RunDir(old.path)
+    assert (left.record["command"] == "new") == (stop != "run.json")
+    assert left.checkpoints() == []
+    RunDir(old.path).create({"command": "newest"}, overwrite=True)
+    assert names(old.path) == ["logs", "run.json"]
+
+
+# --- one process at a time
+
+
+HOLDS = """import sys, time
+from pathlib import Path
+from alignctl.rundir import RunDir
+run = RunDir(Path(sys.argv[1]))
+run.create({"command": "other"}, overwrite=True)
+if len(sys.argv) > 2:
+    import os
+    if os.fork() == 0:
+        time.sleep(60)
+print("held", flush=True)
+time.sleep(60)
+"""
+WRITTEN = "is being written by another run — wait until it has ended, or give --output another folder"
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start a process that writes the folder `run`, and so does no other; with `fork` it has a child."""
+    started = []
+
+    def start(*options: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", HOLDS, str(tmp_path / "run"), *options]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True))
+        assert started[-1].stdout is not None and started[-1].stdout.readline().startswith("held")
+        return started[-1]
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_is_being_written_is_refused(
+    overwrite: bool, tmp_path: Path, holder: Callable[..., subprocess.Popen[str]]
+) -> None:
+    holder()
+    assert refusal(tmp_path / "run", overwrite=overwrite) == WRITTEN
+    run = RunDir(tmp_path / "run")
+    assert run.is_claimed() and run.status == "running"
+    with pytest.raises(RecipeError, match="is being written by another run"):
+        run.claim()
+    assert run.record["command"] == "other"
+
+
+@pytest.mark.parametrize("options", [(), ("fork",)], ids=["alone", "with a child"])
+def test_a_killed_process_lets_go_at_once(
+    options: tuple[str, ...], tmp_path: Path, holder: Callable[..., subprocess.Popen[str]]
+) -> None:
+    process = holder(*options)
+    process.kill()
+    process.wait()
+    run = RunDir(tmp_path / "run")
+    assert not run.is_claimed() and run.status == "killed"
+    run.claim()
+    assert run.record["status"] == "killed"
+
+
+def test_a_folder_that_was_let_go_is_free(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.create({"command": "first"}, overwrite=False)
+    assert run.status == "running" and RunDir(run.path).status == "running"
+    assert refusal(run.path, overwrite=True) == WRITTEN
+    run.update(status="finished")
+    run.release()
+    assert not RunDir(run.path).is_claimed()
+
+
+def test_what_was_written_since_the_record_was_read_counts(tmp_path: Path) -> None:
+    """Two processes start at once, and the first is done before the second has the lock."""
+    late = RunDir(tmp_path / "run")
+    made(tmp_path / "run", "model", status="finished")
+    with pytest.raises(RecipeError, match="holds a run already"):
+        late.create({"command": "late"}, overwrite=False)
+    assert (tmp_path / "run" / "model" / "weights").exists()
+
+
+def test_one_who_only_looks_does_not_keep_a_run_from_its_folder(tmp_path: Path) -> None:
+    run = made(tmp_path / "run", status="finished")
+    looking = (run / ".lock").open("rb")
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    assert not RunDir(run.path).is_claimed()
+    threading.Timer(0.03, looking.close).start()
+    RunDir(run.path).claim()
 
 
 # --- a run that goes on
+
+
+def test_going_on_takes_back_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    run = made(tmp_path / "run", "model", status="failed", why="a gate", ended="now", gates={"resume": {}})
+    for step in (1, 2, 3, 4):
+        run.append_metrics({"step": step})
+    for name in ("step-2", ".writing/checkpoint-4", ".writing/step-1"):
+        (run / "checkpoints" / name).mkdir(parents=True)
+    (run / "model.writing").mkdir()
+    for name in ("run.json.writing", "logs/after.json", "logs/before.json", "logs/live.json.writing"):
+        (run / name).write_text("{}", encoding="utf-8")
+    again = RunDir(run.path)
+    again.claim()
+    again.go_on(run / "checkpoints" / "step-2")
+    assert names(run.path) == ["checkpoints", "logs", "metrics.jsonl", "run.json"]
+    assert names(run / "logs") == ["before.json"] and names(run / "checkpoints") == ["step-2"]
+    assert [row["step"] for row in again.metrics()] == [1, 2]
+    record = rundir.read_json(run / "run.json")
+    assert record["status"] == "running" and record["resumed_from"] == "step-2" and "gates" in record
+    assert not {"why", "ended"} & record.keys()
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 3, "lo', b"\x00" * 40, b'{"text": "\xc3', b"\n"])
+def test_a_torn_line_of_metrics_does_not_count(torn: bytes, tmp_path: Path) -> None:
+    run = made(tmp_path / "run")
+    run.append_metrics({"step": 1})
+    run.append_metrics({"step": 2})
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(torn)
+    assert run.metrics() == [{"step": 1}, {"step": 2}]
+    run.cut_metrics(2)
+    run.append_metrics({"step": 3})
+    assert (run / "metrics.jsonl").read_text(encoding="utf-8") == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
 
 
 def test_update_changes_the_file_and_keeps_the_rest(tmp_path: Path) -> None:
@@ -286,3 +470,25 @@ def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
     assert RunDir(tmp_path).checkpoints() == []
     (tmp_path / "checkpoints").mkdir()
     assert RunDir(tmp_path).checkpoints() == []
+
+
+def test_a_changed_file_of_a_checkpoint_has_another_digest(tmp_path: Path) -> None:
+    (tmp_path / "reference").mkdir()
+    for name in ("weights", "reference/weights", "alignctl.json"):
+        (tmp_path / name).write_bytes(b"1")
+    one = "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"
+    assert rundir.digests(tmp_path) == {"weights": one, "reference/weights": one}
+    (tmp_path / "weights").write_bytes(b"2")
+    (tmp_path / "alignctl.json").write_bytes(b"2")
+    found = rundir.digests(tmp_path)
+    assert found["reference/weights"] == one != found["weights"]
+
+
+def test_remove_takes_files_links_and_folders(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    for name in ("link", "folder", "file", "gone"):
+        rundir.remove(tmp_path / name)
+    assert names(tmp_path) == ["kept"]

@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from weakref import WeakSet
 
-from alignctl.errors import Problem, RecipeError
+from alignctl.errors import MachineError, Problem, RecipeError
 
 LOCK = ".lock"
+# What a name ends in while its content is being written.
+WRITING = ".writing"
+# What a checkpoint says of itself, for a run that goes on from it.
+NOTE = "alignctl.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Locks that this process holds. A forked child shares them, and would keep them after its parent was killed.
+_held: WeakSet[BinaryIO] = WeakSet()
+
+
+def _let_go() -> None:
+    for lock in list(_held):
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def now() -> str:
@@ -28,7 +48,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_parts(path: Path, parts: Iterable[str]) -> None:
     """Write `parts`, one behind the other, to `path`, whole or not at all."""
-    beside = path.with_name(path.name + ".writing")
+    beside = path.with_name(path.name + WRITING)
     try:
         with beside.open("w", encoding="utf-8") as file:
             file.writelines(parts)
@@ -67,17 +87,50 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def digests(checkpoint: Path) -> dict[str, str]:
+    """SHA-256 of every file in `checkpoint` but its note, by name."""
+    out = {}
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and path.name != NOTE:
+            with path.open("rb") as file:
+                out[path.relative_to(checkpoint).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return out
+
+
+def _locked(file: BinaryIO, kind: int, patience: int = 0) -> bool:
+    """Whether `file` could be locked, in 20 ms times `patience` at most."""
+    for left in range(patience, -1, -1):
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.02 if left else 0)
+        else:
+            return True
+    return False
+
+
 class RunDir:
     """One run's folder. `run.json` is written first and last, and its `status` is the truth."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock: Any = None
+        self._lock: BinaryIO | None = None
+        self.record = self._read()
+
+    def _read(self) -> dict[str, Any]:
         try:
-            self.record: dict[str, Any] = read_json(path / "run.json")
+            return read_json(self.path / "run.json")
         except (ValueError, OSError) as error:
             way_out = "give --output another folder"
-            raise RecipeError(Problem(str(path / "run.json"), f"cannot be read: {error}", way_out)) from error
+            raise RecipeError(Problem(str(self.path / "run.json"), f"cannot be read: {error}", way_out)) from error
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -90,34 +143,53 @@ class RunDir:
 
     def is_claimed(self) -> bool:
         """Whether a process is writing this folder now."""
-        from filelock import FileLock, Timeout
-
         if self._lock is not None:
             return True
-        if not (self.path / LOCK).exists():
-            return False
         try:
-            with FileLock(self.path / LOCK, timeout=0):
-                return False
-        except Timeout:
-            return True
+            lock = (self.path / LOCK).open("rb")
+        except FileNotFoundError:
+            return False
+        with lock:
+            return not _locked(lock, fcntl.LOCK_SH)
 
     def claim(self) -> None:
-        """Make the folder, and keep every other process from writing it for as long as this one lives.
+        """Make the folder, and keep every other process from writing it until `release`, or until this process ends.
+
+        The record is read anew: until now another process may have written it.
 
         Raises:
-            RecipeError: another process writes it.
+            RecipeError: another process writes it, or it cannot be written.
         """
-        from filelock import FileLock, Timeout
-
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / LOCK, timeout=0)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            way_out = "wait until it has ended, or give --output another folder"
-            raise RecipeError(Problem(str(self.path), "is being written by another run", way_out)) from error
+        with self._written():
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / LOCK).open("ab")
+            if not _locked(lock, fcntl.LOCK_EX, patience=5):  # one that only looks is gone at once
+                lock.close()
+                way_out = "wait until it has ended, or give --output another folder"
+                raise RecipeError(Problem(str(self.path), "is being written by another run", way_out))
+        _held.add(lock)
         self._lock = lock
+        self.record = self._read()
+        if self.record.get("status") == "running":
+            self.record["status"] = "killed"
+
+    def release(self) -> None:
+        """Let others write the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        """What cannot be written inside is a matter of the folder or of the disk."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _FULL:
+                raise MachineError(Problem(str(self.path), "the disk is full", "free space, then run again")) from error
+            raise RecipeError(
+                Problem(str(self.path), f"cannot be written: {error.strerror or error}", "give --output another folder")
+            ) from error
 
     @property
     def trained(self) -> bool:
@@ -130,37 +202,68 @@ class RunDir:
         A run that stopped before its first step holds nothing but its error, and is replaced.
 
         Raises:
-            RecipeError: the folder holds a run or other files, or cannot be written.
+            RecipeError: the folder holds a run or other files, is being written, or cannot be written.
         """
-        try:
+        with self._written():
             if self.path.exists():
-                self._check_free(overwrite=overwrite)
-            self.claim()
-            self._clear()
-            (self.path / "logs").mkdir(parents=True, exist_ok=True)
-            self.record = {"status": "running", "started": now(), **record}
-            write_json(self.path / "run.json", self.record)
-        except OSError as error:
-            raise RecipeError(
-                Problem(str(self.path), f"cannot be written: {error.strerror or error}", "give --output another folder")
-            ) from error
+                self._check_ours()
+        self.claim()
+        try:
+            self._check_free(overwrite=overwrite)
+            with self._written():
+                self._clear({"status": "running", "started": now(), **record})
+                (self.path / "logs").mkdir()
+        except BaseException:
+            self.release()
+            raise
 
-    def _check_free(self, *, overwrite: bool) -> None:
+    def _check_ours(self) -> None:
+        self.record = self._read()
         ours = {"status", "command"} <= self.record.keys()
         if not ours and (not self.path.is_dir() or any(p.name != LOCK for p in self.path.iterdir())):
             raise RecipeError(Problem(str(self.path), "exists and is not a run folder", "give --output another folder"))
-        if ours and self.trained and not overwrite:
-            way_out = "--resume to go on with it, --output DIR to keep both, --overwrite to replace it"
+
+    def _check_free(self, *, overwrite: bool) -> None:
+        if self.record and self.trained and not overwrite:
+            way_out = "--output DIR to keep both, --overwrite to replace it"
+            if self.checkpoints() and self.status != "finished":
+                way_out = f"--resume to go on with it, {way_out}"
             raise RecipeError(Problem(str(self.path), f"holds a run already (status: {self.status})", way_out))
 
-    def _clear(self) -> None:
+    def _clear(self, record: dict[str, Any]) -> None:
+        """Put `record` in the place of everything else.
+
+        The old checkpoints are gone before the new record stands, and all at once, so that no run goes on from them.
+        """
+        self._sweep()
+        if (self.path / "checkpoints").exists():
+            (self.path / "checkpoints").rename(self.path / f"checkpoints{WRITING}")
+        self.record = record
+        write_json(self.path / "run.json", record)
         for old in self.path.iterdir():
-            if old.name == LOCK:
-                continue
-            if old.is_dir() and not old.is_symlink():
-                shutil.rmtree(old)
-            else:
-                old.unlink()
+            if old.name not in (LOCK, "run.json"):
+                remove(old)
+
+    def _sweep(self) -> None:
+        """Remove what was being written when the process before this one was killed."""
+        for path in (*self.path.glob(f"*{WRITING}"), *self.path.glob(f"*/*{WRITING}")):
+            remove(path)
+
+    def go_on(self, checkpoint: Path) -> None:
+        """Take back what came after `checkpoint`, so that training can go on from it.
+
+        Raises:
+            RecipeError: the folder cannot be written.
+        """
+        with self._written():
+            for name in ("why", "ended"):
+                self.record.pop(name, None)
+            self.update(status="running", resumed_from=checkpoint.name)
+            self.cut_metrics(int(checkpoint.name.removeprefix("step-")))
+            self._sweep()
+            remove(self.path / "logs" / "after.json")
+            if (self.path / "model").exists():  # of a run that ended before it was found to be the trained one
+                remove((self.path / "model").rename(self.path / f"model{WRITING}"))
 
     def update(self, **changes: Any) -> None:
         """Change run.json, atomically."""
@@ -175,7 +278,7 @@ class RunDir:
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, but for one that was being written when the run was killed."""
         file, rows = self.path / "metrics.jsonl", []
-        for line in file.read_text(encoding="utf-8").split("\n") if file.is_file() else []:
+        for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else []:
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
         return rows

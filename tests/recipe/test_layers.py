@@ -33,7 +33,7 @@ def test_extends_a_file_beside_it(write: Write, minimal: Callable[..., str]) -> 
 def test_null_takes_a_section_of_the_base_away(write: Write, minimal: Callable[..., str]) -> None:
     write(minimal(lora="{}", quantization="{}"), "base.yaml")
     recipe = load(write("extends: base.yaml\nlora: null\nquantization: null\ndpo: null\norpo: {}\n")).recipe
-    assert recipe.sections == ["model", "data", "training", "orpo", "evaluation", "logging", "trl"]
+    assert recipe.sections == ["model", "data", "training", "orpo", "evaluation", "logging", "gates", "trl"]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_null_takes_a_key_of_the_base_away(
     assert getattr(load(write(f"extends: base.yaml\n{near}\n")).recipe.training, dotted) == default
 
 
-@pytest.mark.parametrize("section", ["evaluation", "logging", "trl"])
+@pytest.mark.parametrize("section", ["evaluation", "logging", "gates", "trl"])
 def test_null_takes_any_section_of_the_base_away(section: str, accepted: Accepted) -> None:
     assert accepted(**{section: "null"}).recipe == accepted().recipe
 

@@ -30,6 +30,7 @@ def test_a_minimal_recipe(accepted: Accepted) -> None:
             "dtype": "auto",
             "attn_implementation": "auto",
             "chat_template": "model",
+            "use_safetensors": True,
             "trust_remote_code": False,
         },
         "data": {
@@ -58,6 +59,27 @@ def test_a_minimal_recipe(accepted: Accepted) -> None:
         "dpo": {"beta": 0.1, "loss_type": "sigmoid", "label_smoothing": 0.0, "precompute_ref_log_probs": False},
         "evaluation": {"samples": 8, "max_new_tokens": 256},
         "logging": {"report_to": "none"},
+        "gates": {
+            "targets": True,
+            "quantized": True,
+            "trainable": True,
+            "learning_rate": True,
+            "parent": True,
+            "memory": True,
+            "packed": True,
+            "reference": True,
+            "finite": True,
+            "moved": True,
+            "resume": True,
+            "labels": True,
+            "drift": True,
+            "easy": True,
+            "noise": True,
+            "length": True,
+            "answers": True,
+            "saved": True,
+            "reload": True,
+        },
         "trl": {},
     }
 
@@ -94,7 +116,7 @@ def test_the_name_is_the_file_name_without_its_suffix(write: Write, minimal: Cal
         (
             {"qqq": "1"},
             "r.yaml:5: qqq: unknown key — known here: model, quantization, lora, data, training, sft, dpo, orpo, "
-            "evaluation, logging, trl, extends",
+            "evaluation, logging, gates, trl, extends",
         ),
         (
             {"model": "{name_or_path: m, atn_implementation: sdpa}"},
@@ -130,10 +152,24 @@ def test_the_name_is_the_file_name_without_its_suffix(write: Write, minimal: Cal
         ),
         ({"evaluation": "{sample: 4}"}, "r.yaml:5: evaluation.sample: unknown key — did you mean evaluation.samples?"),
         ({"logging": "{report: none}"}, "r.yaml:5: logging.report: unknown key — did you mean logging.report_to?"),
+        ({"gates": "{refrence: off}"}, "r.yaml:5: gates.refrence: unknown key — did you mean gates.reference?"),
     ],
 )
 def test_an_unknown_key(sections: dict[str, str | None], problem: str, refused: Refused) -> None:
     assert refused(**sections) == [problem]
+
+
+@pytest.mark.xfail(strict=True, reason="the answer is the switch of the gate of that name")
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("learning_rate", "training.learning_rate"),
+        ("lerning_rate", "training.learning_rate"),
+        ("packd", "training.packed"),
+    ],
+)
+def test_no_gate_is_the_answer_to_what_a_recipe_trains_with(key: str, meant: str, refused: Refused) -> None:
+    assert refused(**{key: "1"}) == [f"r.yaml:5: {key}: unknown key — did you mean {meant}?"]
 
 
 def test_a_foreign_short_form_is_not_answered_with_another_section(refused: Refused) -> None:

@@ -14,7 +14,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from alignctl.recipe import catalog
 from alignctl.recipe.schema import Recipe
+from alignctl.rundir import RunDir
 from alignctl.train import standin, tokens
+from alignctl.train.gates import Gates
 from alignctl.train.tokens import Encoder
 
 CORPUS = "The user asks a question about tea, and the assistant gives an answer in one short sentence.\n" * 3
@@ -112,5 +114,23 @@ def data_recipe() -> Callable[..., Recipe]:
                 method: {},
             }
         )
+
+    return build
+
+
+@pytest.fixture
+def said() -> list[str]:
+    """What the gates said aloud."""
+    return []
+
+
+@pytest.fixture
+def make_gates(tmp_path: Path, data_recipe: Callable[..., Recipe], said: list[str]) -> Callable[..., Gates]:
+    """The gates of the run in `tmp_path`, with these switches; what stands in its run.json is read first."""
+
+    def build(**switches: bool) -> Gates:
+        recipe = data_recipe("dpo", Path("unused.jsonl"))
+        given = Recipe.model_validate(recipe.model_dump() | {"gates": switches})
+        return Gates(given, RunDir(tmp_path), said.append)
 
     return build

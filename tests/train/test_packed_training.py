@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallb
 from alignctl.errors import DivergedError, RecipeError
 from alignctl.recipe.schema import LossType, Recipe
 from alignctl.train import attention, data, fit, heldout, machine, packing, parts, standin
+from alignctl.train.gates import Gates, Result
 from alignctl.train.parts import Parts
 from alignctl.train.tokenizer import load_encoder
 
@@ -34,6 +35,7 @@ SFT_ROWS = [
     {"input_ids": row["prompt_ids"] + row["chosen_ids"], "labels": [-100] * len(row["prompt_ids"]) + row["chosen_ids"]}
     for row in ROWS
 ]
+MakeGates = Callable[..., Gates]
 METHODS = ["sft", "dpo", "orpo"]
 LORA = {"r": 4, "lora_alpha": 8}
 
@@ -278,7 +280,7 @@ def stablelm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_auto_says_why_it_pads(tiny: Path, stablelm: Path, tmp_path: Path, method: str) -> None:
+def test_auto_says_why_it_pads(tiny: Path, stablelm: Path, tmp_path: Path, make_gates: MakeGates, method: str) -> None:
     for folder, sections, said in (
         (tiny, {}, "packed"),
         (tiny, {"training": {"packed": False}}, "training.packed is false"),
@@ -289,15 +291,22 @@ def test_auto_says_why_it_pads(tiny: Path, stablelm: Path, tmp_path: Path, metho
         trainer, given = build(recipe, tmp_path)
         assert parts.engine(recipe, trainer) == said
         assert is_packed(trainer) is (said == "packed")
-        found = fit._engine(recipe, given, trainer)
+        gates = make_gates()
+        found = fit._engine(recipe, given, trainer, gates)
         assert found["packed"] is True if said == "packed" else found == {"packed": False, "why": said}
+        told = gates.results["packed"]
+        assert told.verdict == "passed"
+        assert told.said.startswith("the first batch packed" if said == "packed" else f"batches are padded: {said}")
 
 
-def test_the_first_batch_is_measured(tiny: Path, tmp_path: Path) -> None:
+def test_the_first_batch_is_measured(tiny: Path, tmp_path: Path, make_gates: MakeGates) -> None:
     recipe = make_recipe("dpo", tiny, training={"per_device_train_batch_size": 4})
     trainer, given = build(recipe, tmp_path)
-    found = fit._engine(recipe, given, trainer)
+    gates = make_gates()
+    found = fit._engine(recipe, given, trainer, gates)
     assert found["packed"] and found["worst"] < found["limit"] == 1e-3
+    told = gates.results["packed"]
+    assert (told.verdict, told.value, told.limit) == ("passed", found["worst"], found["limit"])
     assert (found["packed_tokens"], found["padded_tokens"]) == (13 + 9 + 11 + 9, 8 * 10)
 
 
@@ -313,7 +322,12 @@ def no_kernel(*_: Any, **__: Any) -> Tensor:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_attention_that_fails_pads(
-    tiny: Path, adapter: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+    tiny: Path,
+    adapter: Path,
+    tmp_path: Path,
+    make_gates: MakeGates,
+    method: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Under `auto`; the reference beside the policy pads too."""
     model = {} if method == "dpo" else {"adapter": str(adapter)}
@@ -322,21 +336,24 @@ def test_attention_that_fails_pads(
     models = parts.models_of(trainer)
     assert len(models) == (2 if method == "dpo" else 1) and all(packing.backbone(model).packs for model in models)
     monkeypatch.setattr(attention, "attend", no_kernel)
-    found = fit._engine(recipe, given, trainer)
-    assert found == {"packed": False, "why": "packed attention fails here: no kernel for this device"}
+    gates = make_gates()
+    found = fit._engine(recipe, given, trainer, gates)
+    why = "packed attention fails here: no kernel for this device"
+    assert found == {"packed": False, "why": why}
+    assert gates.results["packed"] == Result("passed", f"batches are padded: {why}")
     assert not any(hasattr(packing.backbone(model), "packs") for model in models)
     trainer.train()
 
 
 def test_attention_that_fails_is_refused_where_it_was_asked_for(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, tmp_path: Path, make_gates: MakeGates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = make_recipe("dpo", tiny, training={"packed": True})
     trainer, given = build(recipe, tmp_path)
     trainer.model.train()
     monkeypatch.setattr(attention, "attend", no_kernel)
     with pytest.raises(RecipeError, match=r"training\.packed.*cannot be: no kernel for this device"):
-        fit._engine(recipe, given, trainer)
+        fit._engine(recipe, given, trainer, make_gates())
     assert trainer.model.training
 
 
@@ -344,12 +361,14 @@ def out_of_memory(*_: Any, **__: Any) -> Tensor:
     raise torch.OutOfMemoryError("no memory")
 
 
-def test_memory_that_runs_out_is_no_reason_to_pad(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_runs_out_is_no_reason_to_pad(
+    tiny: Path, tmp_path: Path, make_gates: MakeGates, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = make_recipe("dpo", tiny)
     trainer, given = build(recipe, tmp_path)
     monkeypatch.setattr(attention, "attend", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
-        fit._engine(recipe, given, trainer)
+        fit._engine(recipe, given, trainer, make_gates())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -361,12 +380,28 @@ def test_a_mixture_of_experts(tmp_path: Path, method: str) -> None:
     assert method == "orpo" or logged(packed)["aux_loss"][0] > 0
 
 
-def test_an_architecture_that_was_asked_for_is_tried(stablelm: Path, tmp_path: Path) -> None:
+def test_an_architecture_that_was_asked_for_is_tried(stablelm: Path, tmp_path: Path, make_gates: MakeGates) -> None:
     recipe = make_recipe("dpo", stablelm, training={"packed": True})
     trainer, given = build(recipe, tmp_path)
     assert is_packed(trainer)
-    with pytest.raises(DivergedError, match=r"training\.packed"):
-        fit._engine(recipe, given, trainer)
+    gates = make_gates()
+    with pytest.raises(
+        DivergedError, match=r"gate\.packed: .* differ by .*, more than rounding .*training\.packed=off"
+    ):
+        fit._engine(recipe, given, trainer, gates)
+    told = gates.results["packed"]
+    assert told.verdict == "stopped" and told.value > told.limit == 1e-3
+
+
+def test_what_is_packed_is_not_compared_when_the_gate_is_off(
+    tiny: Path, tmp_path: Path, make_gates: MakeGates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe("dpo", tiny)
+    trainer, given = build(recipe, tmp_path)
+    monkeypatch.setattr(packing, "compare", out_of_memory)
+    gates = make_gates(packed=False)
+    assert fit._engine(recipe, given, trainer, gates) == {"packed": True}
+    assert gates.results["packed"].verdict == "off"
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,6 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
 
-from alignctl.errors import DivergedError
 from alignctl.train import packing
 from alignctl.train.attention import Segment
 from alignctl.train.packing import Layout
@@ -401,7 +401,7 @@ PRECISIONS = [torch.float32, torch.bfloat16]
 def test_a_good_batch_passes(name: str, precision: torch.dtype) -> None:
     model = make(name).to(precision).train()
     packing.install(model)
-    found = packing.verify(model, *pairs(), precision)
+    found = packing.compare(model, *pairs(), precision)
     assert 0 <= found.worst < found.limit == packing.TOLERANCE[precision]
     answers = 4 + 7 + 10 + 13 + 16 + 19
     assert (found.packed_tokens, found.padded_tokens) == (10 + 15 + 20 + answers, 6 * (20 + 19))
@@ -416,8 +416,8 @@ def test_a_wrong_layout_is_caught(
     model, right = make("llama").to(precision), packing.lay_out
     packing.install(model)
     monkeypatch.setattr(packing, "lay_out", lambda ids, mask: fault(right(ids, mask)))
-    with pytest.raises(DivergedError, match=r"packed and padded differ by .*, more than rounding"):
-        packing.verify(model, *pairs(), precision)
+    found = packing.compare(model, *pairs(), precision)
+    assert found.worst > found.limit == packing.TOLERANCE[precision]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
@@ -425,8 +425,8 @@ def test_a_prefix_one_token_too_long_is_caught(precision: torch.dtype, monkeypat
     model, right = make("llama").to(precision), packing.shared_prefixes
     packing.install(model)
     monkeypatch.setattr(packing, "shared_prefixes", lambda *given: right(*given) + 1)
-    with pytest.raises(DivergedError):
-        packing.verify(model, *pairs(), precision)
+    found = packing.compare(model, *pairs(), precision)
+    assert found.worst > found.limit
 
 
 def test_what_is_not_a_number_is_caught() -> None:
@@ -434,5 +434,4 @@ def test_what_is_not_a_number_is_caught() -> None:
     packing.install(model)
     with torch.no_grad():
         model.model.norm.weight[3] = float("nan")
-    with pytest.raises(DivergedError, match="nan"):
-        packing.verify(model, *pairs(), torch.float32)
+    assert math.isnan(packing.compare(model, *pairs(), torch.float32).worst)

@@ -12,7 +12,7 @@ from pathlib import Path
 from alignctl import quiet
 from alignctl.cli import signals
 from alignctl.errors import Interrupted, Problem, RecipeError
-from alignctl.recipe import catalog
+from alignctl.recipe import catalog, tree
 from alignctl.recipe.load import Loaded, load
 from alignctl.rundir import RunDir, now
 
@@ -32,41 +32,50 @@ def command(
     if resume and overwrite:
         raise RecipeError(Problem("--resume", "and --overwrite contradict each other", "keep one of them"))
     run = RunDir(output or Path("runs") / (f"{loaded.name}-smoke" if smoke else loaded.name))
-    checkpoint, killed, last = None, False, None
-    if resume:
-        checkpoint = _checkpoint(run, loaded)
-        killed, last = run.status == "killed", next(reversed(run.metrics()), None)
-        run.claim()
-        run.cut_metrics(int(checkpoint.name.removeprefix("step-")))
-        run.update(status="running", resumed_from=checkpoint.name)
-    else:
-        run.create({"command": _command_line()}, overwrite=overwrite or (smoke and output is None))
     # One process trains on one GPU; with several in sight the Trainer would ask for DataParallel, which TRL refuses.
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    with _recorded(run), quiet.libraries(run / "logs" / "libraries.log") as user:
-        from alignctl.train import fit, machine
-        from alignctl.train.display import Display
+    checkpoint, killed, last = None, False, None
+    try:
+        if resume:
+            checkpoint = _checkpoint(run, loaded, smoke=smoke)
+            killed, last = run.status == "killed", next(reversed(run.metrics()), None)
+            run.go_on(checkpoint)
+        else:
+            run.create({"command": _command_line()}, overwrite=overwrite or (smoke and output is None))
+        with _recorded(run), quiet.libraries(run / "logs" / "libraries.log") as user:
+            from alignctl.train import fit, machine, record
+            from alignctl.train.display import Display
+            from alignctl.train.gates import Gates
 
-        signals.check()
-        display = Display(user)
-        if killed:
-            display.say(machine.killed(last))
-        fit.fit(loaded, run, display, smoke=smoke, resume=checkpoint)
+            signals.check()
+            display = Display(user)
+            if killed:
+                display.say(machine.killed(last))
+            if checkpoint is not None and loaded.recipe.gates.resume:
+                record.check(run, checkpoint, Gates(loaded.recipe, run, display.say))
+            fit.fit(loaded, run, display, smoke=smoke, resume=checkpoint)
+    finally:
+        run.release()
 
 
-def _checkpoint(run: RunDir, loaded: Loaded) -> Path:
-    """The checkpoint that `--resume` goes on from.
+def _checkpoint(run: RunDir, loaded: Loaded, *, smoke: bool) -> Path:
+    """The checkpoint that `--resume` goes on from; the run is claimed.
 
     Raises:
-        RecipeError: there is none, the run is finished, or it was made by another recipe.
+        RecipeError: there is none, the run is finished or being written, or it was made by another recipe.
     """
     if not run.record:
         raise RecipeError(Problem(str(run.path), "is no run", "--output DIR names the run to go on with"))
-    if run.record["status"] == "finished":
+    run.claim()
+    if run.status == "finished":
         raise RecipeError(Problem(str(run.path), "is finished already", "--output DIR to train again"))
+    if smoke:
+        raise RecipeError(Problem("--resume", "and --smoke contradict each other", "start the smoke run anew"))
     if not run.checkpoints():
-        raise RecipeError(Problem(str(run.path), "has no checkpoint to go on from", "start it without --resume"))
-    if (run / "recipe.yaml").read_text(encoding="utf-8") != loaded.text():
+        way_out = f"start it {'with --overwrite' if run.trained else 'without --resume'}"
+        raise RecipeError(Problem(str(run.path), "has no checkpoint to go on from", way_out))
+    before = tree.read(run / "recipe.yaml").values
+    if before | {"gates": None} != loaded.resolved() | {"gates": None}:  # a gate may be switched off on the way
         way_out = f"resume with {run / 'recipe.yaml'}, or train anew with --output DIR"
         raise RecipeError(Problem(str(run.path), "was made by another recipe than this one is now", way_out))
     return run.checkpoints()[-1]
@@ -79,10 +88,22 @@ def _recorded(run: RunDir) -> Iterator[None]:
         yield
     except (Exception, Interrupted) as error:
         cause = signals.behind(error)
-        status = "interrupted" if isinstance(cause, Interrupted) else "failed"
+        stopped = _with_way_out(cause, run) if isinstance(cause, Interrupted) else None
         with contextlib.suppress(OSError):  # on a full disk the first error is the one to tell
-            run.update(status=status, why=str(cause), ended=now())
+            run.update(status="interrupted" if stopped else "failed", why=str(stopped or cause), ended=now())
+        if stopped is not None:
+            raise stopped from error
         raise
+
+
+def _with_way_out(stopped: Interrupted, run: RunDir) -> Interrupted:
+    """A run that was stopped at once says what it goes on from, too."""
+    (problem,) = stopped.problems
+    if problem.way_out or not run.checkpoints():
+        return stopped
+    what = f"{problem.what}; the last checkpoint is {run.checkpoints()[-1].name}"
+    way_out = f"{run.record['command']} --resume"
+    return Interrupted(stopped.exit_code - 128, Problem(str(run.path), what, way_out))
 
 
 def _command_line() -> str:

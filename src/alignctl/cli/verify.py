@@ -34,8 +34,7 @@ def command(folder: Path) -> None:
         display = Display(user)
         gates = Gates(recipe, run, display.say)
         try:
-            with display.waiting("looking at the saved model"):
-                reloading = verify.begin(run)
+            with display.waiting("looking at the saved model"), verify.begin(run) as reloading:
                 verify.scan(run, gates)
                 verify.reload(run, gates, reloading)
         except VerifyError as error:

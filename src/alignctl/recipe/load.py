@@ -16,30 +16,16 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from alignctl import secrets
 from alignctl.errors import Problem, RecipeError
 from alignctl.recipe import catalog, tree
-from alignctl.recipe.foreign import FOREIGN
+from alignctl.recipe.foreign import FOREIGN, OWNED
 from alignctl.recipe.schema import METHODS, SECTIONS, Recipe, Source
 from alignctl.recipe.tree import Tree
 
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:(?P<name>\w+)(?:,(?P<default>[^{}]*))?\}")
-_OWNED = {
-    "output_dir": "the option --output DIR",
-    "bf16": "model.dtype",
-    "fp16": "model.dtype",
-    "max_length": "data.max_length",
-    "use_cpu": "nothing; the device is chosen for you",
-    "report_to": "logging.report_to",
-    "padding_free": "nothing; TRL's DPO ignores it",
-    "packing": "nothing yet; rows are not mixed",
-    "push_to_hub": "nothing; a run uploads nothing",
-    "resume_from_checkpoint": "the option --resume",
-    "remove_unused_columns": "nothing; the columns are alignctl's own",
-    "disable_tqdm": "nothing; alignctl draws its own progress",
-    "logging_nan_inf_filter": "nothing; it hides NaN and is always off",
-    "save_strategy": "training.save_steps",
-    "eval_strategy": "training.eval_steps",
-}
+_PACKAGE = re.compile(r"pypi:[A-Za-z0-9][\w.-]*==[\w.!+-]+", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -58,7 +44,8 @@ class Loaded:
             for key in parents:
                 holder = holder[int(key)] if isinstance(holder, list) else holder[key]
             holder[int(last) if isinstance(holder, list) else last] = written
-        return values
+        hidden: dict[str, Any] = secrets.hidden(values)
+        return hidden
 
     def text(self) -> str:
         """The resolved recipe as YAML, as the run folder holds it."""
@@ -180,6 +167,8 @@ class _Environment:
         for name in names:
             if name not in os.environ:
                 self._problem(at, f"{dotted}: the environment has no {name}", "export it")
+        for match in _ENVIRONMENT.finditer(written):
+            secrets.note(match["name"])
         text = _ENVIRONMENT.sub(lambda match: os.environ.get(match["name"], match["default"] or ""), written)
         self.texts[at] = text
         try:
@@ -223,6 +212,7 @@ def _rules(found: Tree, method: str | None) -> list[Problem]:
         *_pair_rules(found, sections),
         *_weight_rules(found, sections.get("data", {})),
         *_template_rules(found, sections.get("model", {})),
+        *_code_rules(found, sections.get("model", {})),
         *_trl_rules(found, values),
         *_choice_rules(found, sections.get("training", {})),
     ]
@@ -323,6 +313,25 @@ def _template_rules(found: Tree, model: dict[str, Any]) -> list[Problem]:
     return [Problem(found.place("model.chat_template"), f"model.chat_template: {what}", way_out)]
 
 
+def _code_rules(found: Tree, model: dict[str, Any]) -> list[Problem]:
+    """What would load code from elsewhere: kernels of the hub, and what pip would take for more than a package."""
+    problems = []
+    attention, name, revision = (model.get(key) for key in ("attn_implementation", "name_or_path", "revision"))
+    if isinstance(attention, str) and "/" in attention and model.get("trust_remote_code") is not True:
+        what = f"model.attn_implementation: {attention} is code from the hub"
+        way_out = "model.trust_remote_code=true, if you trust where it is from"
+        problems.append(Problem(found.place("model.attn_implementation"), what, way_out))
+    if isinstance(name, str) and name.startswith("pypi:"):
+        if not _PACKAGE.fullmatch(name):
+            what = "model.name_or_path: is no package and version"
+            problems.append(Problem(found.place("model.name_or_path"), what, "write it as pypi:PACKAGE==VERSION"))
+        if revision is not None and not _SHA256.fullmatch(str(revision)):
+            what = "model.revision: is no SHA-256"
+            way_out = "64 digits and letters a to f, or none: PyPI shows that of the wheel"
+            problems.append(Problem(found.place("model.revision"), what, way_out))
+    return problems
+
+
 @cache
 def trl_arguments() -> dict[str, list[str]]:
     """Names in the pinned TRL: the arguments of each method's config, and the choices for `optim` and
@@ -339,7 +348,7 @@ def _trl_rules(found: Tree, values: dict[str, Any]) -> list[Problem]:
     if method is None or not isinstance(extra, dict):
         return []
     own = {key: f"training.{key}" for key in SECTIONS["training"].model_fields}
-    own |= {key: f"{method}.{key}" for key in SECTIONS[method].model_fields} | _OWNED
+    own |= {key: f"{method}.{key}" for key in SECTIONS[method].model_fields} | OWNED
     problems = []
     for key in extra:
         where, what = found.place(f"trl.{key}"), f"trl.{key}: "

@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 from alignctl.recipe.schema import Recipe
+from alignctl.terminal import harmless
 
 _TITLES = {"sft": "supervised fine-tuning", "dpo": "Direct Preference Optimization", "orpo": "ORPO"}
 
 
 def text(recipe: Recipe, record: dict[str, Any], summary: dict[str, Any]) -> str:
     """README.md of the saved model: what it was made from, how, and what was measured."""
-    base = recipe.model.name_or_path
+    model = recipe.model
     library = "peft" if recipe.trains_adapter else "transformers"
-    sources = "\n".join(f"- `{source.path}` ({source.split})" for source in recipe.data.train)
+    sources = "\n".join(f"- {_code(source.path)} ({_code(source.split)})" for source in recipe.data.train)
     return f"""---
 library_name: {library}
-base_model: {base}
+base_model: {_quoted(model.name_or_path)}
 tags: [alignctl, trl, {recipe.method}]
 ---
-# {base}, after {_TITLES[recipe.method]}
+# {_code(model.name_or_path)}, after {_TITLES[recipe.method]}
 
 Trained with alignctl {record["versions"]["alignctl"]} and TRL {record["versions"]["trl"]}.
 
-- base model: `{base}`, revision `{recipe.model.revision or record["model"]["commit"] or "not pinned"}`
-- went on from adapter: {recipe.model.adapter or "none"}
-- reference: {record["reference"] or "none; the method needs none"}
-- chat template: `{recipe.model.chat_template}`, SHA-256 `{record["template"]["sha256"][:16]}`
+- base model: {_code(model.name_or_path)}, revision {_code(model.revision or record["model"]["commit"] or "not pinned")}
+- went on from adapter: {_code(model.adapter) if model.adapter else "none"}
+- reference: {_code(record["reference"]) if record["reference"] else "none; the method needs none"}
+- chat template: {_code(model.chat_template)}, SHA-256 `{record["template"]["sha256"][:16]}`
 - trained parameters: {record["model"]["trainable"]:,} of {record["model"]["parameters"]:,}
 - learning rate {recipe.training.learning_rate:g}, batch {recipe.training.per_device_train_batch_size} ×
   {recipe.training.gradient_accumulation_steps}, seed {recipe.training.seed}
-
+{_trusted(recipe)}
 Training rows:
 
 {sources}
@@ -39,6 +42,29 @@ Training rows:
 
 {_measured(summary)}
 """
+
+
+def _trusted(recipe: Recipe) -> str:
+    """What was trusted besides numbers, a line each."""
+    out = ""
+    if recipe.model.trust_remote_code:
+        out += "- Python code from the base model's repository ran (`model.trust_remote_code`)\n"
+    if not recipe.model.use_safetensors:
+        out += "- weights were also taken from pickle files (`model.use_safetensors: false`)\n"
+    return out
+
+
+def _code(given: str) -> str:
+    """A name from elsewhere in backticks that it cannot end, on one line."""
+    line = " ".join(harmless(given).split())
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    pad = " " if "`" in line else ""
+    return f"{fence}{pad}{line}{pad}{fence}"
+
+
+def _quoted(given: str) -> str:
+    """A name from elsewhere as a YAML text on one line; JSON's strings are YAML's too."""
+    return json.dumps(harmless(given), ensure_ascii=False)
 
 
 def _measured(summary: dict[str, Any]) -> str:

@@ -135,7 +135,7 @@ def _texts(encoder: Encoder, rows: Rows) -> Iterator[Finding]:
     )
     yield _rows(
         "text.rendered",
-        rows.places(_matching(rows, _RENDERED)),
+        rows.places(_matching(rows, _RENDERED) & ~_matching(rows, r'^\{"text": ')),
         n,
         "text that looks rendered with a chat template already",
         "the template would be applied a second time, around the first",

@@ -100,9 +100,9 @@ def fit(loaded: Loaded, run: RunDir, display: Display, *, smoke: bool, resume: P
     with signals.caught(), translated(run):
         job = assemble(loaded, run, display, smoke=smoke, resume=resume)
         train(job, signals, resume)
-        reloading = verify.begin(run) if job.gates.on("reload") else None
-        measure_after(job)
-        finish(job, began, reloading)
+        with verify.begin(run) if job.gates.on("reload") else contextlib.nullcontext() as reloading:
+            measure_after(job)
+            finish(job, began, reloading)
 
 
 def assemble(loaded: Loaded, run: RunDir, display: Display, *, smoke: bool, resume: Path | None = None) -> Job:

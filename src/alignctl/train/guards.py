@@ -35,6 +35,8 @@ LEAST_LOGS = 20
 DISTINCT = 0.5
 DISTINCT_FALL = 0.2
 STOP_FALL = 0.5
+_CUT_OFF = "no gradient reaches them: training.gradient_checkpointing=false shows whether that is the cause"
+_ROUNDED = "updates round away: raise training.learning_rate, or keep trained weights in float32"
 _PRECISION = "lower training.learning_rate, or set model.dtype=float32 to see whether precision is the cause"
 
 
@@ -159,14 +161,16 @@ class Resumed(TrainerCallback):
 
 
 class Moved(TrainerCallback):
-    """Stops when a trained layer gets no gradient, or when the weights do not move for rounding.
+    """Stops when a trained layer gets no gradient, or when the weights do not move.
 
-    Looks at up to `SAMPLES` values of every trained tensor after 1, 10 and 50 updates whose learning rate was not 0.
+    The gradients are looked at before the first update whose learning rate is not 0; up to `SAMPLES` values of every
+    trained tensor after it and after the 10th and 50th.
     """
 
     def __init__(self, gates: Gates) -> None:
         self._gates = gates
         self._start: dict[str, Tensor] = {}
+        self._without: list[str] = []
         self._updates = 0
         self._counts = False
 
@@ -174,11 +178,16 @@ class Moved(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._start = {name: sample(p) for name, p in trained(kwargs["model"]).items()}
+        if not self._start:
+            self._gates.stopped("moved", "no weight of the model is trained", "see `lora:` and model.adapter", value=0)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._counts = max(kwargs["lr_scheduler"].get_last_lr()) > 0
+        if self._counts and not self._updates:
+            weights = trained(kwargs["model"])
+            self._without = [name for name in looked_at(weights) if not has_gradient(weights[name])]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self._counts or kwargs["optimizer"].step_was_skipped:
@@ -188,41 +197,52 @@ class Moved(TrainerCallback):
             return
         weights, step = trained(kwargs["model"]), state.global_step
         shares = {name: (sample(p) != self._start[name]).float().mean().item() for name, p in weights.items()}
-        self._reached(weights, shares, step)
-        if self._updates > 1:
+        if self._updates == 1:
+            self._reached(weights, shares, step)
+        else:
             self._rounded(shares, step)
 
     def _reached(self, weights: dict[str, nn.Parameter], shares: dict[str, float], step: int) -> None:
-        """Every adapter's second half, or every trained tensor, has changed."""
-        adapters = [name for name in weights if "lora_B" in name]
-        still = [name for name in adapters or weights if shares[name] == 0 and not changed(weights[name], adapters)]
-        total = len(adapters or weights)
-        after = f"after {self._updates} update{'' if self._updates == 1 else 's'}"
+        """Every tensor had a gradient and has changed; of an adapter its second half, which begins at 0."""
+        looked = looked_at(weights)
+        still, way_out = self._without, _CUT_OFF
+        if not still:
+            still = [name for name in looked if "lora_B" in name and not weights[name].detach().any()]
+            way_out = "the optimizer updates something else: see trl.optim"
+        if not still and not any(shares.values()):
+            still, way_out = looked, _ROUNDED
+        total = len(looked)
         if still:
-            said = f"{len(still)} of {total} trained tensors have not moved {after}, such as {still[0]}"
-            way_out = "no gradient reaches them: training.gradient_checkpointing=false shows whether that is the cause"
+            said = f"{len(still)} of {total} trained tensors have not moved after 1 update, such as {still[0]}"
             self._gates.stopped("moved", said, way_out, value=total - len(still), limit=total, step=step)
-        self._gates.passed(
-            "moved", f"all {total} trained tensors have moved {after}", value=total, limit=total, step=step
-        )
+        said = f"all {total} trained tensors have moved after 1 update"
+        self._gates.passed("moved", said, value=total, limit=total, step=step)
 
     def _rounded(self, shares: dict[str, float], step: int) -> None:
-        share = sorted(shares.values())[len(shares) // 2]
+        """Half of the tensors have moved in half of their values; what begins at 0 moves however small the step is."""
+        found = sorted(share for name, share in shares.items() if "lora_B" not in name)
+        share, after = found[len(found) // 2], f"after {self._updates} updates"
         if share < MOVED:
-            said = f"half of the trained tensors have moved in {share:.0%} of their values or fewer: updates round away"
-            way_out = "raise training.learning_rate, or keep trained weights in float32"
-            self._gates.stopped("moved", said, way_out, value=round(share, 3), limit=MOVED, step=step)
+            said = f"half of the trained tensors have moved in {share:.0%} of their values or fewer {after}"
+            self._gates.stopped("moved", said, _ROUNDED, value=round(share, 3), limit=MOVED, step=step)
+        said = f"{share:.0%} of the values of the median tensor have moved {after}"
+        self._gates.passed("moved", said, value=round(share, 3), limit=MOVED, step=step)
+
+
+def looked_at(weights: dict[str, nn.Parameter]) -> list[str]:
+    """The tensors whose first gradient must not be 0; `lora_A` is hidden by its `lora_B` while that is 0."""
+    return [name for name in weights if "lora_B" in name] or list(weights)
+
+
+def has_gradient(parameter: nn.Parameter) -> bool:
+    """Whether any value of it has a gradient that is not 0."""
+    return parameter.grad is not None and bool(parameter.grad.any())
 
 
 def sample(parameter: Tensor) -> Tensor:
     """Up to `SAMPLES` values of a tensor, evenly spaced, on the CPU."""
     values = parameter.detach().reshape(-1)
     return values[:: max(1, values.numel() // SAMPLES)][:SAMPLES].clone().cpu()
-
-
-def changed(parameter: Tensor, adapters: list[str]) -> bool:
-    """Whether a `lora_B`, which begins at 0, holds anything else outside of the sample."""
-    return bool(adapters) and bool(parameter.detach().any())
 
 
 class Signs(TrainerCallback):
@@ -326,13 +346,18 @@ class Signals(TrainerCallback):
     def __init__(self) -> None:
         self.received: int | None = None
         self._stepping = False
+        self._raised: Interrupted | None = None
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
-        """Catch both signals inside the block."""
+        """Catch both signals inside the block; an error that a library made of one is the signal again."""
         before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
+        except Exception as error:
+            if self._raised is None:
+                raise
+            raise self._raised from error
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -341,7 +366,8 @@ class Signals(TrainerCallback):
         first, self.received = self.received is None, number
         if self._stepping and first:
             return
-        raise Interrupted(number, Problem("run", f"stopped by {signal.Signals(number).name}"))
+        self._raised = Interrupted(number, Problem("run", f"stopped by {signal.Signals(number).name}"))
+        raise self._raised
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -350,8 +376,7 @@ class Signals(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.received is not None:
-            control.should_save = True
-            control.should_training_stop = True
+            control.should_log = control.should_save = control.should_training_stop = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -11,16 +11,21 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from alignctl.errors import MachineError, Problem, RecipeError
 from alignctl.recipe.schema import Recipe
 from alignctl.train.machine import Machine
 from alignctl.train.tokenizer import model_path
 from alignctl.train.tokens import Encoder
+
+_UNSAFE = "model.use_safetensors=false, if you trust where it is from"
 
 
 def quantization(recipe: Recipe, precision: torch.dtype, machine: Machine) -> BitsAndBytesConfig | None:
@@ -50,11 +55,16 @@ def quantization(recipe: Recipe, precision: torch.dtype, machine: Machine) -> Bi
 
 
 def load_base(recipe: Recipe, precision: torch.dtype, machine: Machine) -> PreTrainedModel:
-    """The base model on its device: frozen weights in `precision` or 4 bits, weights to be trained in float32."""
+    """The base model on its device: frozen weights in `precision` or 4 bits, weights to be trained in float32.
+
+    Raises:
+        RecipeError: it is an adapter or holds one, or its weights are in a pickle file.
+    """
     path, revision = model_path(recipe)
     attention = recipe.model.attn_implementation
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         path,
+        config=_config(recipe, path, revision),
         revision=revision,
         dtype=precision if recipe.trains_adapter else torch.float32,
         quantization_config=quantization(recipe, precision, machine),
@@ -67,6 +77,24 @@ def load_base(recipe: Recipe, precision: torch.dtype, machine: Machine) -> PreTr
     if recipe.quantization is not None:
         _keep_trainable_layout(model)
     return model
+
+
+def _config(recipe: Recipe, path: str, revision: str | None) -> PreTrainedConfig:
+    """The base model's config, which decides what is loaded with it.
+
+    Raises:
+        RecipeError: an adapter would be loaded too, or a pickle file that the config names.
+    """
+    if find_adapter_config_file(path, revision=revision) is not None:
+        what, way_out = f"{path} is an adapter, or holds one", "name it in model.adapter, and here what it belongs to"
+        raise RecipeError(Problem("model.name_or_path", what, way_out))
+    trusted = recipe.model.trust_remote_code
+    config: PreTrainedConfig = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trusted)
+    weights = config.to_dict().get("transformers_weights")
+    if recipe.model.use_safetensors and weights is not None and not str(weights).endswith((".safetensors", ".json")):
+        what = f"its weights are in {weights}, and a pickle file can run code when it is loaded"
+        raise RecipeError(Problem("model.name_or_path", what, _UNSAFE))
+    return config
 
 
 def _keep_trainable_layout(model: PreTrainedModel) -> None:
@@ -112,8 +140,11 @@ def adapter_folder(recipe: Recipe) -> Path | None:
         raise RecipeError(Problem("model.adapter", f"no adapter in {given}", way_out))
     if recipe.model.use_safetensors and not (folder / "adapter_model.safetensors").is_file():
         what = f"{folder} holds no adapter_model.safetensors, and a pickle file can run code when it is loaded"
-        raise RecipeError(Problem("model.adapter", what, "model.use_safetensors=false, if you trust where it is from"))
+        raise RecipeError(Problem("model.adapter", what, _UNSAFE))
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if config.get("peft_type") != "LORA":  # others load weights of their own, from wherever their config says
+        what = f"{folder} is an adapter of the kind {config.get('peft_type')}"
+        raise RecipeError(Problem("model.adapter", what, "give one of the kind LORA"))
     _same_shape(recipe, config, folder)
     return folder
 

@@ -11,13 +11,13 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from alignctl.rundir import RunDir, write_json
+from alignctl.rundir import NOTE as NOTE
+from alignctl.rundir import RunDir, digests, read_json, remove, write_json
 from alignctl.train.arguments import WRITING
+from alignctl.train.gates import Gates
 from alignctl.train.machine import Machine, peak_host_gib
 from alignctl.train.model import trained_fingerprint
 
-# What a checkpoint says of itself, for a run that goes on from it.
-NOTE = "alignctl.json"
 _RENAMED = {"learning_rate": "lr"}
 _LEFT_OUT = (
     "total_flos",
@@ -43,6 +43,10 @@ class Metrics(TrainerCallback):
     ) -> None:
         self._last = (time.monotonic(), state.epoch or 0.0, float(state.num_input_tokens_seen))
         self._start = (time.monotonic(), state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A run that goes on from a checkpoint takes its averages from there, and so does one that was not stopped."""
+        control.should_log |= control.should_save
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]
@@ -79,19 +83,41 @@ class Checkpoints(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_json(written / NOTE, {"step": state.global_step, "trained": trained_fingerprint(kwargs["model"])})
+        note = {"step": state.global_step, "trained": trained_fingerprint(kwargs["model"]), "files": digests(written)}
+        write_json(written / NOTE, note)
         flush(written)
-        target = self.run / "checkpoints" / f"step-{state.global_step}"
-        if target.exists():
-            shutil.rmtree(target)
-        written.rename(target)
-        sync(target.parent)
+        sync(self.run / "metrics.jsonl")
+        written.rename(self.run / "checkpoints" / f"step-{state.global_step}")
+        sync(self.run / "checkpoints")
         for old in self.run.checkpoints()[: -self.keep]:
-            shutil.rmtree(old)
+            remove(old.rename(written.with_name(old.name)))  # gone at once: half of it would count as whole
 
     def tidy(self) -> None:
         """Remove what was being written when the run stopped."""
         shutil.rmtree(self.run / "checkpoints" / WRITING, ignore_errors=True)
+
+
+def check(run: RunDir, checkpoint: Path, gates: Gates) -> None:
+    """The gate `resume`, before anything is loaded: the checkpoint's files are those that were written.
+
+    Raises:
+        DivergedError: they are not.
+    """
+    expected, found = _noted(checkpoint), digests(checkpoint)
+    changed = [name for name in expected if found.get(name) != expected[name]]
+    if changed or not expected:
+        said = f"{checkpoint.name} is not as it was written: {', '.join(changed) or NOTE}"
+        before = [each for each in run.checkpoints() if each != checkpoint]
+        anew = "train anew with --overwrite or --output DIR"
+        way_out = f"remove {checkpoint} to go on from {before[-1].name}, or {anew}" if before else anew
+        gates.stopped("resume", said, way_out)
+
+
+def _noted(checkpoint: Path) -> dict[str, str]:
+    try:
+        return dict(read_json(checkpoint / NOTE).get("files", {}))
+    except ValueError:
+        return {}
 
 
 def flush(folder: Path) -> None:

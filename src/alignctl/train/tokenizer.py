@@ -25,7 +25,11 @@ def model_path(recipe: Recipe) -> tuple[str, str | None]:
 
 
 def load_encoder(recipe: Recipe) -> Encoder:
-    """The tokenizer with the recipe's template, and a pad token from the ones that it has."""
+    """The tokenizer with the recipe's template, and a pad token from the ones that it has.
+
+    Raises:
+        RecipeError: the template does not work, or asks for more than its sandbox gives.
+    """
     path, revision = model_path(recipe)
     tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=recipe.model.trust_remote_code)
     name = recipe.model.chat_template
@@ -36,7 +40,11 @@ def load_encoder(recipe: Recipe) -> Encoder:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.padding_side = "right"
-    return encoder(tokenizer)
+    try:
+        return encoder(tokenizer)
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError) as error:
+        what = f"cannot render a conversation: {str(error) or type(error).__name__}"
+        raise RecipeError(Problem("model.chat_template", what, "mend it")) from error
 
 
 def template_hash(encoder: Encoder) -> str:

@@ -52,7 +52,7 @@ class Encoder:
     def begun(self, text: str) -> str:
         """`text` with the BOS token before it, where the tokenizer puts one and `text` does not begin with it."""
         bos = self.tokenizer.bos_token
-        return bos + text if self.adds_bos and not text.startswith(bos) else text
+        return bos + text if self.adds_bos and not text.lstrip().startswith(bos) else text
 
     def encode(self, texts: list[str]) -> list[Ids]:
         """Ids of rendered texts; nothing is added to them."""
@@ -381,8 +381,10 @@ def _plain(encoder: Encoder, text: str, limit: Limit) -> Asking:
     (ids,) = yield [encoder.begun(text)]
     if not ids:
         raise Dropped("empty text")
-    if eos is not None and ids[-1] != eos:
-        ids = [*ids, eos]
+    if eos is not None:
+        end = len(ids) - ids[::-1].index(eos) if eos in ids else 0
+        blank = not encoder.tokenizer.decode(ids[end:]).strip()  # as templates write it behind the last turn
+        ids = ids[:end] if end and blank else [*ids, eos]
     if len(ids) <= limit.max_length:
         return Encoded({"input_ids": ids, "labels": list(ids)})
     if limit.overlong != "truncate_completion":

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import pickle
 from collections.abc import Iterator
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 
 from alignctl.errors import AlignctlError, MachineError, Problem, RecipeError
@@ -20,11 +22,19 @@ def refused() -> Iterator[None]:
     """What transformers, PEFT and TRL refuse to build is a mistake in the recipe, and their words say which."""
     try:
         yield
+    except pickle.UnpicklingError as error:
+        what = "a pickle file of weights holds more than weights, and is not loaded"
+        raise RecipeError(Problem("model.use_safetensors", what, "take .safetensors weights")) from error
     except (ValueError, OSError) as error:
         what = " ".join(str(error).split())
         if "file named model.safetensors" in what:
-            what, way_out = "there are no .safetensors weights", "take a revision that has them, or model.use_safetensors"
-            raise RecipeError(Problem("model.name_or_path", what, f"{way_out}=false, if you trust them")) from error
+            what = "there are no .safetensors weights, and a pickle file can run code when it is loaded"
+            way_out = "take a revision that has them, or model.use_safetensors=false, if you trust them"
+            raise RecipeError(Problem("model.name_or_path", what, way_out)) from error
+        if "contains custom code" in what or "references custom code" in what:
+            what = "it is made of Python code that would run on this machine"
+            way_out = "model.trust_remote_code=true, if you have read it and trust it"
+            raise RecipeError(Problem("model.name_or_path", what, way_out)) from error
         if isinstance(error, OSError) and (error.errno is not None or "huggingface.co" in what):
             raise
         raise RecipeError(Problem("model", what, "change the recipe accordingly")) from error
@@ -35,6 +45,9 @@ def translated(run: RunDir | None = None) -> Iterator[None]:
     """Turn foreign errors that a user can mend into ours; the rest is a bug and stays what it is."""
     try:
         yield
+    except TemplateError as error:
+        what = f"cannot render a row: {error}"
+        raise RecipeError(Problem("model.chat_template", what, "mend the template")) from error
     except torch.OutOfMemoryError as error:
         raise MachineError(Problem("memory", str(error).splitlines()[0].strip(), LESS_MEMORY)) from error
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError) as error:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,7 @@ TOKENS = 256
 # How far a token's log-probability may be from the live model's: the same computation, in another process.
 SAME = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 2e-2}
 NO_BASE = 3
+_ANEW = "train anew with --overwrite; gate.finite and gate.moved, where they are on, stop at the step that does this"
 _AGAIN = "the checkpoints are whole: train again with --resume, and report it"
 
 
@@ -78,12 +80,12 @@ def scan(run: RunDir, gates: Gates) -> None:
         for name, tensor in _tensors(file, gates):
             if not torch.isfinite(tensor).all():
                 said = f"{name} in {file.name} holds values that are not finite"
-                gates.stopped("saved", said, "train again with a lower learning rate", error=VerifyError)
+                gates.stopped("saved", said, _ANEW, error=VerifyError)
             count += 1
             zero += "lora_B" in name and not tensor.any()
     if zero:
         said = f"{zero} adapters are all zero: they change nothing"
-        gates.stopped("saved", said, _AGAIN, value=zero, limit=0, error=VerifyError)
+        gates.stopped("saved", said, _ANEW, value=zero, limit=0, error=VerifyError)
     lacking = _lacking(run)
     if lacking:
         gates.stopped("saved", lacking, _AGAIN, error=VerifyError)
@@ -116,7 +118,7 @@ def _lacking(run: RunDir) -> str:
 
 
 def begin(run: RunDir) -> subprocess.Popen[str]:
-    """A new process that imports what it needs, and waits; it ends by itself when this one does."""
+    """A new process that imports what it needs, and waits for `reload`; it ends when its `with` block does."""
     command = [sys.executable, "-m", "alignctl.train.verify", str(run.path)]
     with (run / "logs" / "reload.log").open("w", encoding="utf-8") as log:
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True)
@@ -144,7 +146,8 @@ def reload(run: RunDir, gates: Gates, process: subprocess.Popen[str]) -> None:
         f"loaded in a new process, log-probabilities differ by {apart:.1e} a token at most, the base's by {moved:.1e}"
     )
     if not apart <= limit:
-        gates.stopped("reload", said, _AGAIN, value=apart, limit=limit, error=VerifyError)
+        way_out = _ANEW if math.isnan(apart) else _AGAIN
+        gates.stopped("reload", said, way_out, value=apart, limit=limit, error=VerifyError)
     if not moved > apart:
         what = f"{said}: the saved model is as good as the base"
         gates.stopped(
@@ -154,8 +157,9 @@ def reload(run: RunDir, gates: Gates, process: subprocess.Popen[str]) -> None:
 
 
 def _worst(found: list[list[float]], expected: list[list[float]]) -> float:
-    pairs = [(a, b) for ours, theirs in zip(found, expected, strict=True) for a, b in zip(ours, theirs, strict=True)]
-    return max(abs(a - b) for a, b in pairs)
+    """The largest difference; not a number where any is not."""
+    rows = [torch.tensor(pair, dtype=torch.float64) for pair in zip(found, expected, strict=True)]
+    return torch.cat([(ours - theirs).abs() for ours, theirs in rows]).max().item()
 
 
 def main(folder: Path) -> None:
