@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from weakref import WeakSet
 
+from alignctl import secrets
 from alignctl.errors import MachineError, Problem, RecipeError
 
 LOCK = ".lock"
@@ -62,7 +63,7 @@ def write_parts(path: Path, parts: Iterable[str]) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write `value` to `path` whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(secrets.hidden(value), indent=2, ensure_ascii=False) + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -162,7 +163,7 @@ class RunDir:
         """
         with self._written():
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / LOCK).open("ab")
+            lock = os.fdopen(os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "ab")
             if not _locked(lock, fcntl.LOCK_EX, patience=5):  # one that only looks is gone at once
                 lock.close()
                 way_out = "wait until it has ended, or give --output another folder"

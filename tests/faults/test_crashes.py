@@ -546,6 +546,19 @@ def test_a_full_disk_while_the_model_is_saved(
     assert same(again.folder, whole.folder)
 
 
+@pytest.mark.xfail(strict=True, reason="translate.py names --resume, which has nothing to go on from")
+def test_a_full_disk_before_the_first_checkpoint_names_a_way_that_works(
+    train: Train, plant: Plant, full: Callable[[], None]
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    plant(At(1, full))
+    ran = train(training=LONG)
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert ran.code == 4 and "the disk is full; no checkpoint had been written" in ran.err
+    assert RunDir(ran.folder).checkpoints() == []
+    assert ran.err.splitlines()[-1].endswith("free space, then run again with --overwrite")
+
+
 def test_a_disk_that_is_still_full_is_no_bug(train: Train, killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fsync(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

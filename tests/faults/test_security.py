@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import multiprocessing
@@ -438,6 +439,14 @@ def test_tensorboard_writes_into_the_run_folder(train: Train, tmp_path: Path, mo
     assert ran.code == 0, ran.err
     assert (ran.folder / "logs" / "tensorboard" / "events").is_file()
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_no_model_of_the_hub_is_asked_to_be_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without safetensors, transformers asks a service to open a pull request in the model's repository."""
+    monkeypatch.delenv("DISABLE_SAFETENSORS_CONVERSION", raising=False)
+    with quiet.libraries(tmp_path / "libraries.log"):
+        assert transformers.utils.import_utils.is_env_variable_true("DISABLE_SAFETENSORS_CONVERSION")
+    assert '"DISABLE_SAFETENSORS_CONVERSION"' in inspect.getsource(transformers.modeling_utils)
 
 
 WRITER = """

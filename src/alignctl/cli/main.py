@@ -24,7 +24,7 @@ def main() -> None:
 def _report(error: BaseException) -> int:
     """Print `error` and return its exit code; what is not ours is a bug, and must not look like a wall of text."""
     if "--debug" in sys.argv:
-        traceback.print_exception(error)
+        print(harmless("".join(traceback.format_exception(error))), file=sys.stderr)
     if isinstance(error, AlignctlError | Interrupted):
         problems, code = error.problems, error.exit_code
     else:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from alignctl import quiet
+from alignctl import quiet, secrets
 from alignctl.cli import signals
 from alignctl.errors import Interrupted, Problem, RecipeError
 from alignctl.recipe import catalog, tree
@@ -42,7 +42,7 @@ def command(
             run.go_on(checkpoint)
         else:
             run.create({"command": _command_line()}, overwrite=overwrite or (smoke and output is None))
-        with _recorded(run), quiet.libraries(run / "logs" / "libraries.log") as user:
+        with secrets.kept_out(run.path), _recorded(run), quiet.libraries(run / "logs" / "libraries.log") as user:
             from alignctl.train import fit, machine, record
             from alignctl.train.display import Display
             from alignctl.train.gates import Gates

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from alignctl import quiet
 from alignctl.errors import Problem, RecipeError, VerifyError
+from alignctl.recipe import schema
 from alignctl.recipe.load import load
 from alignctl.rundir import RunDir
 
@@ -23,7 +24,7 @@ def command(folder: Path) -> None:
     if not (run / "model").is_dir() or not (run / "logs" / "live.json").is_file():
         raise RecipeError(Problem(str(folder), f"has saved no model (status: {run.status})", "train it to its end"))
     recipe = load(run / "recipe.yaml").recipe
-    if recipe.model.name_or_path.startswith(str(run / "stand-in")):
+    if Path(recipe.model.name_or_path).absolute().is_relative_to((run / "stand-in").absolute()):
         raise RecipeError(Problem(str(folder), "was a smoke run, whose stand-in model is gone", "verify a real run"))
     run.claim()
     with quiet.libraries(run / "logs" / "libraries.log") as user:
@@ -32,7 +33,7 @@ def command(folder: Path) -> None:
         from alignctl.train.gates import Gates
 
         display = Display(user)
-        gates = Gates(recipe, run, display.say)
+        gates = Gates(recipe.model_copy(update={"gates": schema.Gates()}), run, display.say)
         try:
             with display.waiting("looking at the saved model"), verify.begin(run) as reloading:
                 verify.scan(run, gates)

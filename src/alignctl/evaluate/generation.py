@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# Words of more characters than this on average are none: the text has no spaces.
+LONGEST = 16
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -40,9 +43,13 @@ def answer(
 
 
 def distinct(text: str, n: int = 2) -> float:
-    """Share of the runs of `n` words in `text` that are different; 1 where there are none (https://arxiv.org/abs/1510.03055)."""
+    """Share of the runs of `n` words in `text` that are different; 1 where there are none.
+
+    Distinct-n of https://arxiv.org/abs/1510.03055, by characters where a text is written without spaces.
+    """
     words = text.split()
-    runs = list(zip(*(words[i:] for i in range(n)), strict=False))
+    units = words if len(text) <= LONGEST * len(words) else list(text)
+    runs = list(zip(*(units[i:] for i in range(n)), strict=False))
     return len(set(runs)) / len(runs) if runs else 1.0
 
 

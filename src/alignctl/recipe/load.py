@@ -430,11 +430,12 @@ def _nearest(location: tuple[str, ...]) -> str:
         return f"here it is {FOREIGN[key]}"
     siblings = _siblings(parents)
     near = difflib.get_close_matches(key, siblings, 1, cutoff=0.75)
-    homes = [f"{name}.{key}" for name, section in SECTIONS.items() if key in section.model_fields]
+    given = {name: section for name, section in SECTIONS.items() if name != "gates"}  # its keys are names of checks
+    homes = [f"{name}.{key}" for name, section in given.items() if key in section.model_fields]
     if near or homes:
         return f"did you mean {'.'.join([*parents, near[0]]) if near else ' or '.join(homes)}?"
     near = difflib.get_close_matches(key, siblings, 1)
-    everywhere = {k: f"{name}.{k}" for name, section in SECTIONS.items() for k in section.model_fields}
+    everywhere = {k: f"{name}.{k}" for name, section in given.items() for k in section.model_fields}
     far = difflib.get_close_matches(key, everywhere, 1, cutoff=0.75)
     if near or far:
         return f"did you mean {'.'.join([*parents, near[0]]) if near else everywhere[far[0]]}?"

@@ -61,6 +61,9 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
+_COLLECTIONS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
+
+
 def dump(values: dict[str, Any]) -> str:
     """`values` as YAML that reads back as the same values."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
@@ -100,6 +103,9 @@ def _values(loader: _Loader, node: yaml.Node, at: Path_, tree: Tree, file: str) 
     tree.places[".".join(at)] = f"{file}:{node.start_mark.line + 1}"
     loader.around.append(node)
     try:
+        if isinstance(node, yaml.CollectionNode) and node.tag not in _COLLECTIONS:
+            what = f"could not determine a constructor for the tag {node.tag!r}"
+            raise yaml.constructor.ConstructorError(None, None, what, node.start_mark)
         if isinstance(node, yaml.SequenceNode):
             return [_values(loader, child, (*at, str(i)), tree, file) for i, child in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode):

@@ -72,7 +72,7 @@ class Display:
     def waiting(self, what: str) -> Iterator[None]:
         """A spinner, or one plain line, while something takes its time."""
         if self.console.is_terminal:
-            spinner = Spinner("dots", Text(what))
+            spinner = Spinner("dots", Text(harmless(what)))
             with Live(spinner, console=self.console, transient=True, **_OWN_STREAM):
                 yield
         else:
@@ -131,5 +131,5 @@ class Display:
         self.console.print()
         table = _grid(2)
         for command, what in commands:
-            table.add_row(Text(command, style="cyan"), Text(what))
+            table.add_row(Text(harmless(command), style="cyan"), Text(what))
         self.console.print(table)

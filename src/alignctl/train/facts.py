@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import Trainer
 
+from alignctl import rundir
 from alignctl.recipe.schema import Recipe
 from alignctl.rundir import RunDir
 from alignctl.train import arguments, dpo
@@ -125,7 +126,7 @@ def notices(recipe: Recipe, parts: Parts) -> list[str]:
     if optimizer != recipe.training.optim:
         out.append(f"training.optim {recipe.training.optim} needs CUDA; {optimizer} takes its place")
     dropout_off = recipe.method != "sft" and recipe.trl.get("disable_dropout", True)
-    if recipe.lora is not None and recipe.lora.lora_dropout and dropout_off:
+    if _dropout(recipe) and dropout_off:
         out.append(
             f"lora.lora_dropout is switched off by TRL's {recipe.method}; `trl: {{disable_dropout: false}}` keeps it"
         )
@@ -134,6 +135,14 @@ def notices(recipe: Recipe, parts: Parts) -> list[str]:
     if recipe.model.trust_remote_code:
         out.append("model.trust_remote_code is on: code from the model's repository runs on this machine")
     return out
+
+
+def _dropout(recipe: Recipe) -> float:
+    """The dropout of the adapter: of the one that training goes on from, where it does."""
+    folder = models.adapter_folder(recipe)
+    if folder is not None:
+        return float(rundir.read_json(folder / "adapter_config.json").get("lora_dropout") or 0)
+    return recipe.lora.lora_dropout if recipe.lora is not None else 0.0
 
 
 def sample_numbers(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -239,6 +239,10 @@ def train(job: Job, signals: Signals, resume: Path | None) -> None:
     if job.eval is not None:
         outcome.judge_before(job.run, job.gates)
         watching += _probe(job, job.eval)
+    else:
+        for name in outcome.HELD_OUT:
+            if job.gates.on(name):
+                job.gates.passed(name, "not measured: no rows are held out")
     for callback in (*watching, shown, checkpoints, signals):
         job.trainer.add_callback(callback)
     try:
@@ -301,10 +305,17 @@ def check_saved(job: Job, reloading: subprocess.Popen[str] | None) -> None:
     if job.gates.on("saved"):
         verify.scan(job.run, job.gates)
     if reloading is not None:
-        job.trainer.optimizer = None  # its memory is for the model that is loaded beside this one
+        _forget_optimizer(job.trainer)
         if job.parts.machine.kind == "cuda":
             torch.cuda.empty_cache()
         verify.reload(job.run, job.gates, reloading)
+
+
+def _forget_optimizer(trainer: Trainer) -> None:
+    """Its memory is for the model that is loaded beside this one."""
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
+    trainer.accelerator.free_memory()
 
 
 def save(job: Job) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from alignctl.errors import AlignctlError, DivergedError, Problem
 from alignctl.recipe.schema import Recipe
@@ -32,7 +33,7 @@ class Gates:
         self._on: dict[str, bool] = recipe.gates.model_dump()
         self._run, self._say = run, say
         earlier = {name: Result(**found) for name, found in run.record.get("gates", {}).items()}
-        self.results = {name: found for name, found in earlier.items() if found.verdict == "warned" and self.on(name)}
+        self.results = {name: found for name, found in earlier.items() if found.verdict != "stopped"}
         self.results |= {name: Result("off", "switched off in the recipe") for name, on in self._on.items() if not on}
 
     def on(self, name: str) -> bool:
@@ -43,14 +44,14 @@ class Gates:
         self, name: str, said: str, *, value: Value = None, limit: Value = None, step: int | None = None
     ) -> None:
         """Gate `name` found nothing wrong; an earlier warning of it stands."""
-        if name not in self.results or self.results[name].verdict == "passed":
+        if name not in self.results or self.results[name].verdict != "warned":
             self._note(name, Result("passed", said, value, limit, step))
 
     def warned(
         self, name: str, said: str, way_out: str, *, value: Value = None, limit: Value = None, step: int | None = None
     ) -> None:
         """Gate `name` found what may be wrong: said aloud once, and the run goes on."""
-        first = name not in self.results or self.results[name].verdict == "passed"
+        first = name not in self.results or self.results[name].verdict != "warned"
         self._note(name, Result("warned", said, value, limit, step))
         if first:
             self._say(f"warning: {Problem(f'gate.{name}', said, way_out)}")
@@ -77,4 +78,10 @@ class Gates:
     def _note(self, name: str, result: Result) -> None:
         found = self.results | {name: result}
         self.results = {each: found[each] for each in self._on if each in found}
-        self._run.update(gates={name: asdict(result) for name, result in self.results.items()})
+        self._run.update(gates={name: _as_json(result) for name, result in self.results.items()})
+
+
+def _as_json(result: Result) -> dict[str, Any]:
+    """The fields; what is no number as text, for JSON has no word for it."""
+    values = asdict(result)
+    return {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}

@@ -84,6 +84,11 @@ class Finite(TrainerCallback):
             said = f"log-probabilities of {self._names(broken)} are not finite"
             self._gates.stopped("finite", said, _PRECISION, step=self._step)
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._step = state.global_step + 1
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -102,7 +107,9 @@ class Finite(TrainerCallback):
             norm = torch.nn.utils.get_total_norm(weights.values())
             if not torch.isfinite(norm):
                 broken = [name for name, p in weights.items() if not torch.isfinite(p).all()]
-                said = f"{len(broken)} of {len(weights)} trained tensors are not finite, such as {broken[0]}"
+                what = "are not finite" if broken else "are so large that their norm is not finite"
+                said = f"{len(broken) or len(weights)} of {len(weights)} trained tensors {what}, such as "
+                said += (broken or list(weights))[0]
                 self._gates.stopped("finite", said, _PRECISION, value=len(broken), limit=0, step=state.global_step)
             self._gates.passed("finite", "forward passes, gradients and weights are finite", step=state.global_step)
 
@@ -155,7 +162,9 @@ class Resumed(TrainerCallback):
         expected, step = self._note.get("trained"), state.global_step
         if found != expected or step != self._note.get("step"):
             said = f"what was loaded is not the checkpoint of step {self._note.get('step')}"
-            way_out = "remove this checkpoint to go on from the one before, or train anew with --output DIR"
+            way_out = (
+                "remove its folder to go on from an earlier one where there is one, or train anew with --output DIR"
+            )
             self._gates.stopped("resume", said, way_out, value=found[:16], limit=str(expected)[:16])
         self._gates.passed("resume", f"goes on from step {step} with its weights and rows", value=found[:16], step=step)
 
@@ -276,7 +285,8 @@ class Signs(TrainerCallback):
         self._low = self._low + 1 if drift < DRIFT else 0
         if self._low >= IN_A_ROW:
             said = f"chosen answers have become unlikelier: {drift:.2f} nats a token"
-            way_out = "a lower learning rate, a higher beta, or dpo.loss_type: [sigmoid, sft] hold them"
+            hold = ", a higher beta, or dpo.loss_type: [sigmoid, sft] hold" if self._recipe.dpo else " holds"
+            way_out = f"a lower learning rate{hold} them"
             self._gates.warned("drift", said, way_out, value=round(drift, 3), limit=DRIFT, step=step)
         else:
             self._gates.passed(
@@ -299,8 +309,11 @@ class Signs(TrainerCallback):
             self._gates.passed("easy", "the pairs took learning")
         if self._recipe.dpo is None or self._recipe.dpo.loss_type != "sigmoid" or not self._gates.on("noise"):
             return
+        if not self._losses:
+            self._gates.passed("noise", "not measured: nothing was logged")
+            return
         last = self._losses[-max(1, len(self._losses) // 4) :]
-        loss = sum(last) / len(last) if last else math.nan
+        loss = sum(last) / len(last)
         if len(self._losses) >= LEAST_LOGS and abs(loss - LN2) < NEAR_LN2:
             said = f"the loss ended at {loss:.4f}, and ln 2 is what guessing gives: nothing was learned"
             way_out = "a higher learning rate, more steps, or pairs whose difference is no noise"

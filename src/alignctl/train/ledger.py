@@ -115,11 +115,12 @@ def check(part: str, ledger: Ledger, data: Data, overlong: str) -> None:
         return
     worst = sorted(ledger.dropped.items(), key=lambda item: -item[1].rows)[:3]
     reasons = "; ".join(f"{reason}: {places}" for reason, places in worst)
+    longer = ", raise data.max_length" if overlong in dict(worst) else ""
     much = f"more than data.max_dropped ({data.max_dropped:.0%})" if ledger.kept else "so none is left"
     raise DataError(
         Problem(
             part,
             f"{ledger.lost} of {considered} rows would be dropped, {much}" + (f": {reasons}" if reasons else ""),
-            "mend the rows, or raise data.max_length or data.max_dropped",
+            f"mend the rows{longer}, or raise data.max_dropped",
         )
     )

@@ -121,6 +121,10 @@ def lora_config(recipe: Recipe) -> LoraConfig | None:
     """PEFT's config for a fresh adapter, or None."""
     if recipe.lora is None or recipe.model.adapter is not None:
         return None
+    given = recipe.lora.target_modules
+    if isinstance(given, str) and given != "all-linear" and given.isidentifier():
+        what = f"{given} as a text is a pattern for whole names of layers, and matches none"
+        raise RecipeError(Problem("lora.target_modules", what, f"[{given}]"))
     return LoraConfig(task_type="CAUSAL_LM", **recipe.lora.model_dump())
 
 

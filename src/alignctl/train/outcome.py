@@ -23,6 +23,8 @@ OWN = -1.0
 LABELS = 0.35
 LENGTH = 0.8
 FEWEST = 20
+# The gates that ask held-out rows.
+HELD_OUT = ("labels", "length", "answers")
 
 
 def kept(run: RunDir, when: str) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def judge_after(run: RunDir, held_out: Rows, gates: Gates) -> None:
 def _length(found: PairScores, longer: numpy.ndarray, gates: Gates) -> None:
     """Are the margins a matter of length? Their rank correlation with the difference in length, both ways."""
     n = len(longer)
-    if n < FEWEST or not longer.any() or not found.margins.any():
+    if n < FEWEST or not numpy.ptp(longer) or not numpy.ptp(found.margins):
         gates.passed("length", f"not measured: {n} held-out pairs")
         return
     correlation = float(numpy.corrcoef(_ranks(found.margins), _ranks(longer))[0, 1])

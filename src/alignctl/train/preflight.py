@@ -86,7 +86,7 @@ def same_rows(run: RunDir, fingerprints: dict[str, Any], gates: Gates) -> None:
     """
     before = run.record.get("data", fingerprints)
     if gates.on("resume") and before != fingerprints:
-        parts = [name for name in fingerprints if fingerprints[name] != before.get(name)]
+        parts = [name for name in before | fingerprints if fingerprints.get(name) != before.get(name)]
         said = f"the rows of data.{' and data.'.join(parts)} are not those that the run began with"
         way_out = "put the old files back, or train anew with --output DIR"
         gates.stopped("resume", said, way_out, error=DataError)
@@ -115,8 +115,7 @@ def targets(built: Built) -> None:
         return
     layers = linears(model)
     with_one = [name for name, module in layers.items() if isinstance(module, LoraLayer)]
-    adapted = Counter(name.rsplit(".", 1)[-1] for name in with_one)
-    present = Counter(name.rsplit(".", 1)[-1] for name in layers)
+    adapted, present = (Counter(map(_kind, names)) for names in (with_one, layers))
     way_out = "name layers that the model has in lora.target_modules, or take all-linear"
     wanted = model.peft_config["default"].target_modules
     named = [] if isinstance(wanted, str) else sorted(wanted)
@@ -125,7 +124,7 @@ def targets(built: Built) -> None:
         built.gates.stopped("targets", f"no layer of the model is called {', '.join(missed)}", way_out, value=missed[0])
     for kind, count in sorted(adapted.items()):
         if count < present[kind]:
-            said = f"{kind} has an adapter in {count} of {present[kind]} layers"
+            said = f"{_last(kind)} has an adapter in {count} of {present[kind]} layers"
             built.gates.stopped("targets", said, way_out, value=count, limit=present[kind])
     blocks = {found[1] for name in layers if (found := _LAYER.search(name))}
     reached = {
@@ -134,8 +133,24 @@ def targets(built: Built) -> None:
     if blocks - reached:
         said = f"{len(blocks - reached)} of {len(blocks)} blocks have no adapter"
         built.gates.stopped("targets", said, way_out, value=len(reached), limit=len(blocks))
-    said = f"{adapted.total()} adapters, on {', '.join(sorted(adapted))} of all {len(blocks)} blocks"
+    said = f"{adapted.total()} adapters, on {', '.join(sorted(map(_last, adapted)))} of all {len(blocks)} blocks"
+    if without := [name for name in experts(model) if not any(name.startswith(outer + ".") for outer in with_one)]:
+        said += f"; {len(without)} tensors of experts have none"
     built.gates.passed("targets", said, value=adapted.total(), limit=sum(present[kind] for kind in adapted))
+
+
+def _kind(name: str) -> str:
+    """What a layer is in its block: its name behind the last number."""
+    return re.split(r"\.\d+\.", name)[-1]
+
+
+def _last(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def experts(model: nn.Module) -> list[str]:
+    """The names of weights that hold all experts of a block at once, which are no linear layers."""
+    return [name for name, p in model.named_parameters() if p.ndim == 3 and "lora_" not in name]
 
 
 def quantized(built: Built) -> None:
@@ -149,8 +164,11 @@ def quantized(built: Built) -> None:
     wide = [name for name, module in layers.items() if not isinstance(module, Linear4bit)]
     way_out = "look at the model's quantization_config, or take the `quantization:` section away"
     if wide or not layers:
-        said = f"{len(wide)} of {len(layers)} layers are not stored in 4 bits, such as {wide[:1]}"
+        said = f"{len(wide)} of {len(layers)} layers are not stored in 4 bits, such as {wide[0] if wide else 'any'}"
         built.gates.stopped("quantized", said, way_out, value=len(layers) - len(wide), limit=len(layers))
+    if fused := experts(built.trainer.model):
+        said = f"{len(fused)} tensors of experts are not stored in 4 bits, such as {fused[0]}"
+        built.gates.stopped("quantized", said, way_out, value=0, limit=len(fused))
     wanted = models.quantization(built.recipe, built.parts.precision, built.parts.machine)
     assert wanted is not None
     computes = {

@@ -52,7 +52,7 @@ def _download(requirement: str, sha256: str | None, folder: Path) -> Path:
     wanted = folder / "requirement.txt"
     wanted.write_text(requirement + (f" --hash=sha256:{sha256}" if sha256 else ""), encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--dest", str(folder), "--requirement", str(wanted)]
+    command += ["--only-binary", ":all:", "--dest", str(folder), "--requirement", str(wanted)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheel = next(folder.glob("*.whl"), None)
     if done.returncode or wheel is None:

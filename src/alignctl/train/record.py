@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from alignctl import secrets
 from alignctl.rundir import NOTE as NOTE
 from alignctl.rundir import RunDir, digests, read_json, remove, write_json
 from alignctl.train.arguments import WRITING
@@ -83,6 +84,7 @@ class Checkpoints(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        secrets.sweep(written)
         note = {"step": state.global_step, "trained": trained_fingerprint(kwargs["model"]), "files": digests(written)}
         write_json(written / NOTE, note)
         flush(written)

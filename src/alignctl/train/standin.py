@@ -14,7 +14,7 @@ from typing import Any
 
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from alignctl import formats
 from alignctl.recipe import catalog
@@ -62,6 +62,8 @@ def family(name: str) -> tuple[Family, bool]:
     if config.is_file():
         model_type = json.loads(config.read_text(encoding="utf-8"))["model_type"]
         known = next((f for f in _FAMILIES.values() if f.model_type == model_type), None)
+        if known is None and model_type not in CONFIG_MAPPING:
+            return _LLAMA, False
         return known or Family(model_type, "<s>", "</s>", None, {"num_key_value_heads": 4}), True
     hit = next((f for pattern, f in _FAMILIES.items() if re.search(pattern, name.lower())), None)
     return hit or _LLAMA, hit is not None

@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateRuntimeError
 from transformers import PreTrainedTokenizerBase
 
 from alignctl.errors import Problem, RecipeError
@@ -46,7 +46,10 @@ class Encoder:
 
     def render(self, messages: Sequence[Message], *, ask: bool) -> str:
         """The conversation as text; `ask` appends what makes the model answer."""
-        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask)
+        try:
+            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask)
+        except OverflowError as error:  # a loop that the sandbox does not allow
+            raise TemplateRuntimeError(str(error)) from error
         return self.begun(text)
 
     def begun(self, text: str) -> str:

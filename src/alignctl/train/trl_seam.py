@@ -37,12 +37,12 @@ def pair_collator(pad_token_id: int) -> DataCollatorForPreference:
 def loss_and_logps(trainer: Trainer, batch: Batch) -> tuple[Tensor, Tensor]:
     """The trainer's own loss of one batch, and the `[N, L-1]` token log-probabilities that it came from.
 
-    Log-probabilities are 0 where nothing is supervised. `_metrics` is put back because `compute_loss` adds to what the
-    next log line averages; to go when TRL can compute a loss without logging it.
+    Log-probabilities are 0 where nothing is supervised. `_metrics` and `_total_train_tokens` are put back because
+    `compute_loss` adds to what the next log line says; to go when TRL can compute a loss without logging it.
     """
     outputs: list[Any] = []
     hook = trainer.model.register_forward_hook(lambda module, args, output: outputs.append(output))
-    kept = copy.deepcopy(getattr(trainer, "_metrics", None))
+    kept, tokens = copy.deepcopy(getattr(trainer, "_metrics", None)), getattr(trainer, "_total_train_tokens", None)
     try:
         if isinstance(trainer, IdsORPOTrainer):
             loss, _ = trainer.get_batch_loss_metrics(trainer.model, batch, train_eval="eval")
@@ -51,7 +51,7 @@ def loss_and_logps(trainer: Trainer, batch: Batch) -> tuple[Tensor, Tensor]:
     finally:
         hook.remove()
         if kept is not None:
-            trainer._metrics = kept
+            trainer._metrics, trainer._total_train_tokens = kept, tokens
     return loss, outputs[0].log_probs
 
 

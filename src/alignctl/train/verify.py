@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedModel, Trainer
 
 from alignctl import rundir
-from alignctl.errors import MachineError, Problem, VerifyError
+from alignctl.errors import AlignctlError, MachineError, Problem, VerifyError
 from alignctl.recipe.load import load
 from alignctl.recipe.schema import Recipe
 from alignctl.rundir import RunDir
@@ -84,9 +86,9 @@ def scan(run: RunDir, gates: Gates) -> None:
             count += 1
             zero += "lora_B" in name and not tensor.any()
     if zero:
-        said = f"{zero} adapters are all zero: they change nothing"
+        said = f"{zero} of {count} saved tensors are adapters that are all zero: they change nothing"
         gates.stopped("saved", said, _ANEW, value=zero, limit=0, error=VerifyError)
-    lacking = _lacking(run)
+    lacking = _lacking(run, trusted=bool(run.record["model"].get("trust_remote_code")))
     if lacking:
         gates.stopped("saved", lacking, _AGAIN, error=VerifyError)
     gates.passed("saved", f"{count} tensors, all finite; template and stop tokens are there", value=count)
@@ -100,28 +102,37 @@ def _tensors(file: Path, gates: Gates) -> list[tuple[str, torch.Tensor]]:
         gates.stopped("saved", f"{file} cannot be read: {error}", _AGAIN, error=VerifyError)
 
 
-def _lacking(run: RunDir) -> str:
+def _lacking(run: RunDir, *, trusted: bool) -> str:
     """What the tokenizer or the generation config lacks; empty when nothing."""
     folder, live = run / "model", rundir.read_json(run / "logs" / "live.json")
-    generation = rundir.read_json(folder / "generation_config.json")
+    try:
+        generation = rundir.read_json(folder / "generation_config.json")
+    except ValueError as error:
+        return f"generation_config.json cannot be read: {error}"
     ends = generation.get("eos_token_id") or []
     missing = set(live["stop_ids"]) - set(ends if isinstance(ends, list) else [ends])
     if missing:
         return f"generation_config.json lacks the stop tokens {sorted(missing)}: answers would not end"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
+    except Exception as error:  # noqa: BLE001 (the tokenizers library raises nothing more telling)
         return f"the tokenizer cannot be loaded: {' '.join(str(error).split())}"
     if text_hash(str(tokenizer.chat_template)) != run.record["template"]["sha256"]:
         return "the tokenizer's chat template is not the one that was trained with"
     return ""
 
 
-def begin(run: RunDir) -> subprocess.Popen[str]:
+@contextlib.contextmanager
+def begin(run: RunDir) -> Iterator[subprocess.Popen[str]]:
     """A new process that imports what it needs, and waits for `reload`; it ends when its `with` block does."""
     command = [sys.executable, "-m", "alignctl.train.verify", str(run.path)]
     with (run / "logs" / "reload.log").open("w", encoding="utf-8") as log:
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def reload(run: RunDir, gates: Gates, process: subprocess.Popen[str]) -> None:
@@ -170,7 +181,7 @@ def main(folder: Path) -> None:
     precision = where.precision(recipe.model.dtype)
     try:
         base = models.load_base(recipe, precision, where)
-    except OSError as error:
+    except (OSError, AlignctlError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         sys.exit(NO_BASE)
     found: dict[str, Any] = {"base": token_logps(base, live["ids"], precision)}
