@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import io
 import json
@@ -11,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from safetensors.torch import load_file
 from transformers import dynamic_module_utils
 
 from alignctl import quiet
+from alignctl.cli import training
 from alignctl.recipe.load import load
+from alignctl.rundir import RunDir
 from alignctl.train import card, display, preflight, verify
 
 Train = Callable[..., Any]
@@ -108,14 +111,12 @@ def test_code_of_a_tokenizer_does_not_run(train: Train, carrying: Callable[..., 
     assert "model.trust_remote_code=true" in said
 
 
-@pytest.mark.xfail(strict=True, reason="standin.family asks transformers for an architecture that it does not know")
 def test_a_smoke_run_needs_no_code(train: Train, carrying: Callable[..., Path], tmp_path: Path) -> None:
     ran = train("dpo", None, "--smoke", model={"name_or_path": str(carrying("xsmoke"))})
     assert ran.code == 0 and not (tmp_path / "ran").exists()
     assert "stands in, guessed from nothing" in ran.out
 
 
-@pytest.mark.xfail(strict=True, reason="verify.scan loads the saved tokenizer without the recipe's trust, and asks")
 def test_code_of_a_tokenizer_that_is_trusted_runs(train: Train, carrying: Callable[..., Path], tmp_path: Path) -> None:
     folder = carrying("llama")
     classes = {"AutoTokenizer": [None, "modeling_x.XTokenizer"]}
@@ -294,11 +295,7 @@ IN_ONE_ROW = "{% for m in messages %}{% if 'river' in m.content %}{{ THIS }}{% e
     ("this", "what"),
     [
         ("m.__class__.__mro__", "'__class__' of 'dict' object is unsafe"),
-        pytest.param(
-            "range(10 ** 9)",
-            "Range too big",
-            marks=pytest.mark.xfail(strict=True, reason="tokens.Encoder.render lets it through, as a bug"),
-        ),
+        ("range(10 ** 9)", "Range too big"),
     ],
 )
 def test_a_template_does_not_leave_its_sandbox_in_a_row(train: Train, tmp_path: Path, this: str, what: str) -> None:
@@ -320,7 +317,6 @@ def test_the_attributes_that_a_filter_reads_are_none(train: Train, tmp_path: Pat
 # 5: secrets.
 
 TOKEN = 'tok"en/ü-5ecret9'
-LATER = "written before it is hidden: rundir.write_json, cli.training and record.Checkpoints are to call `secrets`"
 
 
 @pytest.fixture
@@ -361,7 +357,6 @@ def test_what_a_library_prints_is_not_kept(train: Train, secret: str, monkeypatc
     assert "GET ${oc.env:HF_TOKEN}\n${oc.env:HF_TOKEN}\n" in log and '"${oc.env:HF_TOKEN}"' in log
 
 
-@pytest.mark.xfail(strict=True, reason=LATER)
 def test_an_error_that_holds_a_secret(train: Train, secret: str, monkeypatch: pytest.MonkeyPatch) -> None:
     saying(monkeypatch, secret, ValueError(f"401 for https://me:{secret}@example.org"))
     ran = train()
@@ -370,7 +365,6 @@ def test_an_error_that_holds_a_secret(train: Train, secret: str, monkeypatch: py
     assert "https://me:${oc.env:HF_TOKEN}@example.org" in ran.err
 
 
-@pytest.mark.xfail(strict=True, reason=LATER)
 def test_a_secret_on_the_command_line(train: Train, secret: str) -> None:
     words = [f"trl.run_name='https://me:{secret}@example.org'", f"model.revision='{secret}'"]
     ran = train("dpo", None, *words, data={"eval_fraction": 0.25}, evaluation={"samples": 2, "max_new_tokens": 4})
@@ -382,7 +376,6 @@ def test_a_secret_on_the_command_line(train: Train, secret: str) -> None:
     assert kept["trl"]["run_name"] == "https://me:${oc.env:HF_TOKEN}@example.org"
 
 
-@pytest.mark.xfail(strict=True, reason=LATER)
 def test_a_secret_in_the_recipe(train: Train, secret: str) -> None:
     names = {"revision": "${oc.env:ALIGNCTL_PRIVATE}"}
     ran = train(model=names, trl={"run_name": "${oc.env:ALIGNCTL_PRIVATE}"}, training={"save_steps": 2})
@@ -391,7 +384,6 @@ def test_a_secret_in_the_recipe(train: Train, secret: str) -> None:
     assert "`${oc.env:ALIGNCTL_PRIVATE}`" in (ran.folder / "model" / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.xfail(strict=True, reason=LATER)
 def test_a_run_that_hides_something_can_be_resumed(train: Train, secret: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints know what was written to them: the secrets are out before."""
     given = {"trl": {"run_name": "${oc.env:ALIGNCTL_PRIVATE}"}, "training": {"save_steps": 2}}
@@ -404,12 +396,34 @@ def test_a_run_that_hides_something_can_be_resumed(train: Train, secret: str, mo
     assert told(ran) == []
 
 
-@pytest.mark.xfail(strict=True, reason="cli.main prints the traceback as it is")
 def test_a_traceback_that_holds_a_secret(train: Train, secret: str, monkeypatch: pytest.MonkeyPatch) -> None:
     saying(monkeypatch, "nothing", ValueError(f"401 for {secret} \x1b]0;title\x07"))
     ran = train("dpo", None, "--debug")
     assert "Traceback" in ran.err and "401 for ${oc.env:HF_TOKEN}" in ran.err
     assert TOKEN not in ran.err and "\x1b" not in ran.err
+
+
+@pytest.mark.xfail(strict=True, reason="cli.training quotes the words before the secrets in them are hidden")
+def test_the_command_that_is_kept_can_be_typed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "ab12cd34")
+    monkeypatch.setattr(sys, "argv", ["alignctl", "dpo", "r.yaml", "model.revision=ab12cd34", "--resume"])
+    assert training._command_line() == "alignctl dpo r.yaml 'model.revision=${oc.env:HF_TOKEN}'"
+
+
+@pytest.mark.xfail(strict=True, reason="cli.verify leaves the log of the process that it starts as it is")
+def test_what_is_verified_later_holds_no_secret(
+    train: Train, here: Here, secret: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def begin(run: RunDir) -> Iterator[None]:
+        (run / "logs" / "reload.log").write_text(f"Warning: {secret}\n", encoding="utf-8")
+        yield
+
+    ran = train()
+    monkeypatch.setattr(verify, "begin", begin)
+    monkeypatch.setattr(verify, "reload", lambda *given: None)
+    assert here("verify", "run").returncode == 0 and told(ran) == []
+    assert (ran.folder / "logs" / "reload.log").read_text(encoding="utf-8") == "Warning: ${oc.env:HF_TOKEN}\n"
 
 
 @pytest.mark.parametrize("command", ["check", "inspect"])
@@ -572,14 +586,12 @@ def test_names_of_files_and_words_hold_no_controls(train: Train, here: Here, tmp
         assert done.returncode == code and raw(done.stdout, done.stderr) == [], (words, done.stdout, done.stderr)
 
 
-@pytest.mark.xfail(strict=True, reason="Display.next prints what it is given")
 @pytest.mark.usefixtures("without_bars")
 def test_the_name_of_a_run_folder_holds_no_controls(train: Train) -> None:
     ran = train(folder=EVIL.replace("\x00", ""))
     assert ran.code == 0 and "owned" in ran.out and raw(ran.out, ran.err) == []
 
 
-@pytest.mark.xfail(strict=True, reason="Display.waiting shows a terminal what it is given")
 def test_what_a_terminal_waits_for_holds_no_controls() -> None:
     stream = Terminal()
     with display.Display(stream).waiting(f"loading {EVIL}"):
@@ -655,7 +667,6 @@ def test_links_in_a_run_folder_are_not_followed(train: Train, tmp_path: Path) ->
     assert not any(path.is_symlink() for path in ran.folder.rglob("*"))
 
 
-@pytest.mark.xfail(strict=True, reason="RunDir.claim opens what the lock is a link to")
 def test_a_lock_that_is_a_link_is_not_followed(train: Train, tmp_path: Path) -> None:
     run = train().folder
     (run / ".lock").unlink()

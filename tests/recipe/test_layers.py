@@ -202,10 +202,10 @@ def test_an_unknown_placeholder(written: str, refused: Refused, monkeypatch: pyt
         ({"data": f"{{train: [{{path: a}}, {{path: {QUOTED}}}]}}"}, ()),
         ({"data": f"{{train: [{{path: a}}], eval: [{{path: b, name: {QUOTED}}}]}}"}, ()),
         ({"lora": f"{{target_modules: [q_proj, {QUOTED}]}}"}, ()),
-        ({"trl": f"{{hub_token: {QUOTED}, lr_scheduler_kwargs: {{deep: [{QUOTED}]}}}}"}, ()),
+        ({"trl": f"{{run_name: {QUOTED}, lr_scheduler_kwargs: {{deep: [{QUOTED}]}}}}"}, ()),
         ({"trl": "'${oc.env:ALIGNCTL_S}'"}, ()),
         ({}, ("model.name_or_path=${oc.env:ALIGNCTL_T}",)),
-        ({}, ("trl={hub_token: '${oc.env:ALIGNCTL_T}'}",)),
+        ({}, ("trl={run_name: '${oc.env:ALIGNCTL_T}'}",)),
         ({"trl": f"{{lr_scheduler_kwargs: {{a.b: {QUOTED}}}}}"}, ()),
     ],
 )
@@ -213,7 +213,7 @@ def test_a_value_from_the_environment_is_never_resolved(
     sections: dict[str, str], overrides: tuple[str, ...], accepted: Accepted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ALIGNCTL_T", "s3cret.jsonl")
-    monkeypatch.setenv("ALIGNCTL_S", "{hub_token: s3cret}")
+    monkeypatch.setenv("ALIGNCTL_S", "{run_name: s3cret}")
     Path("s3cret.jsonl").write_text("{}\n", encoding="utf-8")
     loaded = accepted(*overrides, **sections)
     text = loaded.text()

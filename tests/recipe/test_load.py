@@ -159,7 +159,6 @@ def test_an_unknown_key(sections: dict[str, str | None], problem: str, refused: 
     assert refused(**sections) == [problem]
 
 
-@pytest.mark.xfail(strict=True, reason="the answer is the switch of the gate of that name")
 @pytest.mark.parametrize(
     ("key", "meant"),
     [

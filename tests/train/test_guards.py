@@ -174,13 +174,14 @@ def test_a_gradient_that_is_not_finite_names_the_rows_of_its_update(
     assert gates.results["finite"].said in said
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the step is counted from 1 when the run goes on too")
 def test_the_step_of_a_run_that_goes_on(
     args: TrainingArguments, make_rows: Callable[..., Rows], make_gates: MakeGates
 ) -> None:
     gates, model = make_gates(), Model()
+    guard = Finite(model, make_rows(), gates)
+    guard.on_train_begin(args, at(6), CONTROL)
     with pytest.raises(DivergedError):
-        update(Finite(model, make_rows(), gates), args, model, NAN, step=6)
+        update(guard, args, model, NAN, step=6)
     assert gates.results["finite"].step == 7
 
 
@@ -241,14 +242,16 @@ def test_frozen_weights_are_not_looked_at(
     Finite(model, make_rows(), make_gates()).on_step_end(args, at(1), CONTROL, model=model)
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="no tensor is broken where only their norm overflows")
 def test_finite_weights_whose_norm_overflows(
     args: TrainingArguments, make_rows: Callable[..., Rows], make_gates: MakeGates
 ) -> None:
     """A square of 1e30 is more than float32 holds."""
     model = Model()
     model.weight.data[:] = 1e30
-    Finite(model, make_rows(), make_gates()).on_step_end(args, at(1), CONTROL, model=model)
+    with pytest.raises(
+        DivergedError, match="2 of 2 trained tensors are so large that their norm is not finite, such as"
+    ):
+        Finite(model, make_rows(), make_gates()).on_step_end(args, at(1), CONTROL, model=model)
 
 
 # --- trainable: the optimizer -------------------------------------------------------------------------------------
@@ -293,7 +296,7 @@ def test_a_run_goes_on_with_the_weights_of_its_checkpoint(args: TrainingArgument
     model.bias.data[0] += 1e-6
     with pytest.raises(DivergedError) as error:
         guard.on_train_begin(args, at(4), CONTROL, model=model)
-    assert "remove this checkpoint" in str(error.value) and gates.results["resume"].limit == trained[:16]
+    assert "remove its folder" in str(error.value) and gates.results["resume"].limit == trained[:16]
 
 
 def test_a_checkpoint_that_says_nothing_of_itself(args: TrainingArguments, make_gates: MakeGates) -> None:
@@ -566,10 +569,9 @@ def test_orpo_is_held_against_its_first_line(args: TrainingArguments, make_gates
     )
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the way out is DPO's")
 def test_the_way_out_of_orpo_is_no_key_of_dpo(args: TrainingArguments, make_gates: MakeGates, said: list[str]) -> None:
     log(signs(make_gates(), "orpo"), args, [{"logps/chosen": value} for value in (-2.0, -3.0, -3.0, -3.0)])
-    assert len(said) == 1 and "dpo." not in said[0]
+    assert len(said) == 1 and said[0].endswith(" — a lower learning rate holds them")
 
 
 RIGHT = {"rewards/accuracies": 1.0}
@@ -654,11 +656,10 @@ def test_ln_2_means_nothing_to_other_losses(args: TrainingArguments, make_gates:
     assert "noise" not in gates.results and gates.results["easy"].verdict == "passed"
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="a run without a log line ends at NaN")
 def test_no_log_line_is_no_loss(args: TrainingArguments, make_gates: MakeGates) -> None:
     gates = make_gates()
     ended(gates, args, [])
-    assert "nan" not in gates.results["noise"].said
+    assert gates.results["noise"] == Result("passed", "not measured: nothing was logged")
 
 
 def test_lines_that_are_no_log_of_training(args: TrainingArguments, make_gates: MakeGates) -> None:

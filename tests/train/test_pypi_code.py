@@ -23,7 +23,6 @@ prepare_metadata_for_build_wheel = build_wheel
 """
 
 
-@pytest.mark.xfail(strict=True, reason="pip builds what is no wheel: pypi._download is to pass --only-binary :all:")
 def test_a_source_package_is_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = tmp_path / "index"
     index.mkdir()

@@ -21,7 +21,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from alignctl.errors import AlignctlError, MachineError, RecipeError, VerifyError
+from alignctl.errors import AlignctlError, MachineError, VerifyError
 from alignctl.recipe import catalog
 from alignctl.rundir import RunDir, read_json, write_json
 from alignctl.train import fit, standin, verify
@@ -60,7 +60,8 @@ def run(tmp_path: Path, make_tokenizer: Callable[[str], Any]) -> RunDir:
     write_json(
         tmp_path / "logs" / "live.json", {"stop_ids": [1, 7], "logps": [[-1.0, -2.0], [-3.0]], "dtype": "float32"}
     )
-    write_json(tmp_path / "run.json", {"template": {"name": "chatml", "sha256": text_hash(tokenizer.chat_template)}})
+    template = {"name": "chatml", "sha256": text_hash(tokenizer.chat_template)}
+    write_json(tmp_path / "run.json", {"template": template, "model": {"trust_remote_code": False}})
     return RunDir(tmp_path)
 
 
@@ -103,10 +104,10 @@ def test_an_adapter_that_changes_nothing(run: RunDir, make_gates: MakeGates) -> 
     change(run, "v.lora_A.weight", torch.zeros(4, 2))
     verify.scan(run, gates)
     change(run, "v.lora_B.weight", torch.zeros(4, 2))
-    found = stopped(verify.scan, run, gates, said="1 adapters are all zero: they change nothing")
+    found = stopped(verify.scan, run, gates, said="1 of 4 saved tensors are adapters that are all zero: they")
     assert (found.value, found.limit) == (1, 0)
     change(run, "q.lora_B.weight", torch.zeros(4, 2))
-    assert stopped(verify.scan, run, make_gates(), said="2 adapters are all zero").value == 2
+    assert stopped(verify.scan, run, make_gates(), said="2 of 4 saved tensors are adapters").value == 2
 
 
 @pytest.mark.parametrize("kept", [0, 20, 200])
@@ -157,14 +158,12 @@ def test_a_tokenizer_that_is_cut_short(run: RunDir, make_gates: MakeGates, name:
     stopped(verify.scan, run, make_gates(), said="the tokenizer cannot be loaded: ")
 
 
-@pytest.mark.xfail(strict=True, reason="the tokenizers library raises Exception itself, which is a traceback")
 def test_a_tokenizer_of_another_kind(run: RunDir, make_gates: MakeGates) -> None:
     """Sound JSON, and nothing that the tokenizers library reads."""
     (run / "model" / "tokenizer.json").write_text('{"model": {}, "added_tokens": []}', encoding="utf-8")
     stopped(verify.scan, run, make_gates(), said="the tokenizer cannot be loaded: ")
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="a JSON file that was cut short is a traceback")
 def test_a_generation_config_that_is_cut_short(run: RunDir, make_gates: MakeGates) -> None:
     file = run / "model" / "generation_config.json"
     file.write_bytes(file.read_bytes()[:-9])
@@ -377,24 +376,18 @@ def test_verify_asks_again(train: Callable[..., Path], here: Here) -> None:
     assert read_json(folder / "run.json")["status"] == "finished"
 
 
-@pytest.mark.parametrize(
-    ("plant", "said"),
-    [
-        (lambda name, tensor: tensor * 3 if "lora_B" in name else tensor, "log-probabilities differ by"),
-        (lambda name, tensor: tensor + math.nan if "1.mlp.up_proj.lora_A" in name else tensor, "are not finite"),
-        (lambda name, tensor: tensor * 0 if "lora_B" in name else tensor, "14 adapters are all zero"),
-    ],
-)
-def test_verify_finds_what_was_changed_since(
-    train: Callable[..., Path], here: Here, plant: Callable[[str, torch.Tensor], torch.Tensor], said: str
-) -> None:
+def test_verify_finds_what_was_changed_since(train: Callable[..., Path], here: Here) -> None:
     folder = train()
     weights = load_file(folder / "model" / WEIGHTS)
-    save_file({name: plant(name, tensor) for name, tensor in weights.items()}, folder / "model" / WEIGHTS)
+    changed = {name: tensor * 3 if "lora_B" in name else tensor for name, tensor in weights.items()}
+    save_file(changed, folder / "model" / WEIGHTS)
     done = here("verify", "run")
-    assert done.returncode == 6 and said in done.stderr
+    assert done.returncode == 6 and "gate.reload: loaded in a new process, log-probabilities differ" in done.stderr
     record = read_json(folder / "run.json")
-    assert record["status"] == "failed" and said in record["why"]
+    assert record["status"] == "failed" and record["gates"]["reload"]["verdict"] == "stopped"
+    save_file(weights, folder / "model" / WEIGHTS)
+    assert here("verify", "run").returncode == 0
+    assert read_json(folder / "run.json")["status"] == "finished"
 
 
 def test_verify_finds_another_base(train: Callable[..., Path], here: Here, tiny: Path, tmp_path: Path) -> None:
@@ -408,7 +401,6 @@ def test_verify_finds_another_base(train: Callable[..., Path], here: Here, tiny:
     assert done.returncode == 6 and "gate.reload: loaded in a new process, log-probabilities differ" in done.stderr
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the other gates' results are lost")
 def test_verify_leaves_what_the_run_found(train: Callable[..., Path], here: Here) -> None:
     folder = train()
     before = results(folder)
@@ -416,27 +408,13 @@ def test_verify_leaves_what_the_run_found(train: Callable[..., Path], here: Here
     assert results(folder).keys() == before.keys()
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="`off` stands where the answer should")
 def test_verify_answers_what_the_run_left_out(train: Callable[..., Path], here: Here) -> None:
     folder = train(gates={"reload": False})
     assert results(folder)["reload"]["verdict"] == "off" and here("verify", "run").returncode == 0
     assert results(folder)["reload"]["verdict"] == "passed"
 
 
-@pytest.mark.parametrize(
-    "whole",
-    [
-        False,
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(
-                strict=True,
-                raises=AssertionError,
-                reason="the folder is compared as it was typed",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("whole", [False, True])
 def test_a_smoke_run_cannot_be_verified(train: Callable[..., Path], here: Here, whole: bool) -> None:
     folder = train("dpo", "smoke", "--smoke")
     done = here("verify", str(folder) if whole else "./smoke")
@@ -444,20 +422,7 @@ def test_a_smoke_run_cannot_be_verified(train: Callable[..., Path], here: Here, 
     assert "was a smoke run" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "left",
-    [
-        "a folder without weights",
-        pytest.param(
-            "nothing",
-            marks=pytest.mark.xfail(
-                strict=True,
-                raises=RecipeError,
-                reason="a folder that is not there is a RecipeError, which is not caught",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("left", ["a folder without weights", "nothing"])
 def test_a_base_that_is_gone(train: Callable[..., Path], tiny: Path, tmp_path: Path, left: str) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny, base)
@@ -470,7 +435,6 @@ def test_a_base_that_is_gone(train: Callable[..., Path], tiny: Path, tmp_path: P
     assert ended.value.code == verify.NO_BASE
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="accelerate, the scheduler and the callbacks hold it too")
 def test_the_optimizer_is_gone_when_the_model_is_loaded_again(
     train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
