@@ -116,11 +116,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     "steps",
     [
         pytest.param(8, id="at the end of an epoch"),
-        pytest.param(
-            10,
-            id="in an epoch",
-            marks=pytest.mark.xfail(strict=True, reason="resumed at its last step, the Trainer takes one step more"),
-        ),
+        pytest.param(10, id="in an epoch"),
     ],
 )
 def test_a_run_killed_after_its_last_step_trains_no_further(
@@ -546,7 +542,6 @@ def test_a_full_disk_while_the_model_is_saved(
     assert same(again.folder, whole.folder)
 
 
-@pytest.mark.xfail(strict=True, reason="translate.py names --resume, which has nothing to go on from")
 def test_a_full_disk_before_the_first_checkpoint_names_a_way_that_works(
     train: Train, plant: Plant, full: Callable[[], None]
 ) -> None:

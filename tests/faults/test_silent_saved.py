@@ -265,9 +265,6 @@ def test_the_base_is_another_one_now(train: Train, here: Here, base: Path) -> No
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.xfail(
-    strict=True, reason="run.json has the base's fingerprint; verify does not look, and blames the model"
-)
 def test_the_base_is_named_where_it_is_another_one(train: Train, here: Here, base: Path) -> None:
     assert train(model={"name_or_path": str(base)}).code == 0
     changed_base(base)
@@ -275,22 +272,6 @@ def test_the_base_is_named_where_it_is_another_one(train: Train, here: Here, bas
     assert "other weights" in said and "--resume" not in said
 
 
-@pytest.mark.usefixtures("quick")
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the base is taken from the recipe; others take it from adapter_config.json",
-)
-def test_the_saved_adapter_names_another_base(train: Train, here: Here, base: Path) -> None:
-    assert train().code == 0
-    changed_base(base)
-    rewritten("adapter_config.json", base_model_name_or_path=str(base))()
-    assert here("verify", "run").returncode == 6
-
-
-@pytest.mark.xfail(
-    strict=True, reason="only a hub name is found to be gone: a folder is called a fault of what was saved"
-)
 def test_the_base_is_gone(train: Train, here: Here, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A matter of the machine: nothing is wrong with what was saved."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -366,11 +347,6 @@ def test_dropout_of_sft_stays(train: Train, dropout: list[set[float]]) -> None:
     assert ran.code == 0 and "lora_dropout" not in ran.out and dropout == [{0.3}]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the `lora:` section is asked, and not the adapter that training goes on from",
-)
 def test_dropout_of_a_parent_is_named(train: Train, dropout: list[set[float]]) -> None:
     assert train("sft", lora={"lora_dropout": 0.3}, folder="parent").code == 0
     ran = train(model={"adapter": "parent"}, lora=None)

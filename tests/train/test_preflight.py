@@ -317,7 +317,6 @@ def test_experts_that_are_left_wide(make: Make, tmp_path: Path) -> None:
     assert (found.value, found.limit) == (0, 4)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="every tensor of three axes is taken for experts")
 def test_a_convolution_is_no_expert() -> None:
     """Models with state-space or linear attention layers have one in each of them."""
     assert preflight.experts(nn.Conv1d(8, 8, 4, groups=8)) == []

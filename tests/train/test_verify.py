@@ -104,10 +104,10 @@ def test_an_adapter_that_changes_nothing(run: RunDir, make_gates: MakeGates) -> 
     change(run, "v.lora_A.weight", torch.zeros(4, 2))
     verify.scan(run, gates)
     change(run, "v.lora_B.weight", torch.zeros(4, 2))
-    found = stopped(verify.scan, run, gates, said="1 of 4 saved tensors are adapters that are all zero: they")
+    found = stopped(verify.scan, run, gates, said="1 adapter is all zero: ")
     assert (found.value, found.limit) == (1, 0)
     change(run, "q.lora_B.weight", torch.zeros(4, 2))
-    assert stopped(verify.scan, run, make_gates(), said="2 of 4 saved tensors are adapters").value == 2
+    assert stopped(verify.scan, run, make_gates(), said="2 adapters are all zero: ").value == 2
 
 
 @pytest.mark.parametrize("kept", [0, 20, 200])
@@ -343,7 +343,7 @@ def results(folder: Path) -> dict[str, Any]:
     return dict(read_json(folder / "run.json")["gates"])
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])
+@pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_a_run_notes_and_loads_four_rows(train: Callable[..., Path], method: str) -> None:
     folder = train(method)
     live, found = (read_json(folder / "logs" / f"{name}.json") for name in ("live", "reloaded"))
@@ -377,6 +377,7 @@ def test_verify_asks_again(train: Callable[..., Path], here: Here) -> None:
 
 
 def test_verify_finds_what_was_changed_since(train: Callable[..., Path], here: Here) -> None:
+    """And is content when it is put right."""
     folder = train()
     weights = load_file(folder / "model" / WEIGHTS)
     changed = {name: tensor * 3 if "lora_B" in name else tensor for name, tensor in weights.items()}
@@ -386,8 +387,9 @@ def test_verify_finds_what_was_changed_since(train: Callable[..., Path], here: H
     record = read_json(folder / "run.json")
     assert record["status"] == "failed" and record["gates"]["reload"]["verdict"] == "stopped"
     save_file(weights, folder / "model" / WEIGHTS)
-    assert here("verify", "run").returncode == 0
-    assert read_json(folder / "run.json")["status"] == "finished"
+    gc.collect()  # a process of its own would have let go of the folder
+    done = here("verify", "run")
+    assert (done.returncode, read_json(folder / "run.json")["status"]) == (0, "finished"), done.stderr
 
 
 def test_verify_finds_another_base(train: Callable[..., Path], here: Here, tiny: Path, tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def _last(name: str) -> str:
 
 def experts(model: nn.Module) -> list[str]:
     """The names of weights that hold all experts of a block at once, which are no linear layers."""
-    return [name for name, p in model.named_parameters() if p.ndim == 3 and "lora_" not in name]
+    return [name for name, p in model.named_parameters() if p.ndim == 3 and "experts" in name and "lora_" not in name]
 
 
 def quantized(built: Built) -> None:

@@ -86,9 +86,13 @@ def scan(run: RunDir, gates: Gates) -> None:
             count += 1
             zero += "lora_B" in name and not tensor.any()
     if zero:
-        said = f"{zero} of {count} saved tensors are adapters that are all zero: they change nothing"
+        said = (
+            "1 adapter is all zero: it changes nothing"
+            if zero == 1
+            else f"{zero} adapters are all zero: they change nothing"
+        )
         gates.stopped("saved", said, _ANEW, value=zero, limit=0, error=VerifyError)
-    lacking = _lacking(run, trusted=bool(run.record["model"].get("trust_remote_code")))
+    lacking = _lacking(run, trusted=bool(run.record.get("model", {}).get("trust_remote_code")))
     if lacking:
         gates.stopped("saved", lacking, _AGAIN, error=VerifyError)
     gates.passed("saved", f"{count} tensors, all finite; template and stop tokens are there", value=count)
@@ -156,6 +160,10 @@ def reload(run: RunDir, gates: Gates, process: subprocess.Popen[str]) -> None:
     said = (
         f"loaded in a new process, log-probabilities differ by {apart:.1e} a token at most, the base's by {moved:.1e}"
     )
+    trained_on = run.record.get("model", {}).get("base_fingerprint")
+    if not apart <= limit and trained_on not in (None, found["base_fingerprint"]):
+        what = "the base has other weights than it had in training, so the saved model cannot be looked at"
+        raise MachineError(Problem("model.name_or_path", what, "put the old ones back"))
     if not apart <= limit:
         way_out = _ANEW if math.isnan(apart) else _AGAIN
         gates.stopped("reload", said, way_out, value=apart, limit=limit, error=VerifyError)
@@ -184,7 +192,8 @@ def main(folder: Path) -> None:
     except (OSError, AlignctlError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         sys.exit(NO_BASE)
-    found: dict[str, Any] = {"base": token_logps(base, live["ids"], precision)}
+    found: dict[str, Any] = {"base_fingerprint": models.base_fingerprint(base)}
+    found["base"] = token_logps(base, live["ids"], precision)
     found["logps"] = token_logps(_tuned(recipe, base, folder / "model", precision, where), live["ids"], precision)
     rundir.write_text(folder / "logs" / "reloaded.json", json.dumps(found))
 
