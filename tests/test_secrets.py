@@ -20,6 +20,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
         if any(part in name.upper() for part in ("TOKEN", "KEY", "SECRET", "PASSWORD")):
             monkeypatch.delenv(name)
+    monkeypatch.setattr(secrets, "_read", set())
 
 
 @pytest.mark.parametrize("name", ["HF_TOKEN", "WANDB_API_KEY", "MY_SECRET_1", "DB_PASSWORD", "hf_token"])

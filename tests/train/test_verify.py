@@ -61,7 +61,7 @@ def run(tmp_path: Path, make_tokenizer: Callable[[str], Any]) -> RunDir:
         tmp_path / "logs" / "live.json", {"stop_ids": [1, 7], "logps": [[-1.0, -2.0], [-3.0]], "dtype": "float32"}
     )
     template = {"name": "chatml", "sha256": text_hash(tokenizer.chat_template)}
-    write_json(tmp_path / "run.json", {"template": template, "model": {"trust_remote_code": False}})
+    write_json(tmp_path / "run.json", {"template": template, "model": {"base_fingerprint": "b"}})
     return RunDir(tmp_path)
 
 
@@ -181,7 +181,7 @@ def process(run: RunDir, found: dict[str, Any] | None = None, *, code: int = 0, 
         assert text == "go\n"
         (run / "logs" / "reload.log").write_text(log, encoding="utf-8")
         if found is not None:
-            write_json(run / "logs" / "reloaded.json", found)
+            write_json(run / "logs" / "reloaded.json", {"base_fingerprint": "b", **found})
 
     return SimpleNamespace(communicate=communicate, returncode=code)
 
@@ -240,6 +240,16 @@ def test_a_base_that_cannot_be_loaded_is_no_fault_of_the_model(run: RunDir, make
     with pytest.raises(MachineError, match=r"model\.name_or_path: the base cannot be loaded: gone") as error:
         verify.reload(run, gates, process(run, code=verify.NO_BASE, log="gone"))
     assert error.value.exit_code == 4 and "reload" not in gates.results
+
+
+def test_another_base_is_no_fault_of_the_model(run: RunDir, make_gates: MakeGates) -> None:
+    gates = make_gates()
+    other = {"logps": [[-1.0, -2.5], [-3.0]], "base": BASE, "base_fingerprint": "c"}
+    with pytest.raises(MachineError, match="the base has other weights than it had in training"):
+        verify.reload(run, gates, process(run, other))
+    assert "reload" not in gates.results
+    verify.reload(run, gates, process(run, other | {"logps": [[-1.0, -2.0], [-3.0]]}))
+    assert gates.results["reload"].verdict == "passed"
 
 
 def test_the_process_waits_until_it_is_asked(run: RunDir) -> None:
@@ -339,8 +349,12 @@ def train(tiny: Path, tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatc
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """What run.json says of the gates."""
-    return dict(read_json(folder / "run.json")["gates"])
+    """What run.json says of the gates; the base that was loaded again is the one of training."""
+    record = read_json(folder / "run.json")
+    if (folder / "logs" / "reloaded.json").exists():
+        again = read_json(folder / "logs" / "reloaded.json")["base_fingerprint"]
+        assert again == record["model"]["base_fingerprint"]
+    return dict(record["gates"])
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
@@ -400,7 +414,8 @@ def test_verify_finds_another_base(train: Callable[..., Path], here: Here, tiny:
     weights = load_file(mine / "model.safetensors")
     save_file({name: tensor * 1.01 for name, tensor in weights.items()}, mine / "model.safetensors", {"format": "pt"})
     done = here("verify", "run")
-    assert done.returncode == 6 and "gate.reload: loaded in a new process, log-probabilities differ" in done.stderr
+    assert done.returncode == 4 and "the base has other weights than it had in training" in done.stderr
+    assert read_json(tmp_path / "run" / "run.json")["status"] == "finished"
 
 
 def test_verify_leaves_what_the_run_found(train: Callable[..., Path], here: Here) -> None:

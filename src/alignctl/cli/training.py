@@ -109,4 +109,4 @@ def _with_way_out(stopped: Interrupted, run: RunDir) -> Interrupted:
 def _command_line() -> str:
     """This command as it can be typed again, without the options that make no sense twice."""
     once = {"--overwrite", "--resume"}
-    return shlex.join(["alignctl", *(word for word in sys.argv[1:] if word not in once)])
+    return shlex.join(["alignctl", *(secrets.hide(word) for word in sys.argv[1:] if word not in once)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from alignctl import quiet
+from alignctl import quiet, secrets
 from alignctl.errors import Problem, RecipeError, VerifyError
 from alignctl.recipe import schema
 from alignctl.recipe.load import load
@@ -27,7 +27,7 @@ def command(folder: Path) -> None:
     if Path(recipe.model.name_or_path).absolute().is_relative_to((run / "stand-in").absolute()):
         raise RecipeError(Problem(str(folder), "was a smoke run, whose stand-in model is gone", "verify a real run"))
     run.claim()
-    with quiet.libraries(run / "logs" / "libraries.log") as user:
+    with secrets.kept_out(run.path), quiet.libraries(run / "logs" / "libraries.log") as user:
         from alignctl.train import verify
         from alignctl.train.display import Display
         from alignctl.train.gates import Gates

@@ -30,12 +30,27 @@ class Tree:
         return self.places.get(dotted, "recipe")
 
 
+# A recipe of more values than this is none: aliases in aliases stand for values without end.
+MOST = 10_000
+
+
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `5e-7` as YAML 1.2 does: a number."""
+    """SafeLoader that reads `5e-7` as YAML 1.2 does: a number; and that counts what aliases stand for."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.around: list[yaml.Node] = []  # the nodes that hold the one being read
+        self._sizes: dict[yaml.Node, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        node = super().compose_node(parent, index)
+        if node is not None and node not in self._sizes:
+            items = node.value if isinstance(node, yaml.CollectionNode) else []
+            below = [each for item in items for each in (item if isinstance(item, tuple) else (item,))]
+            self._sizes[node] = 1 + sum(self._sizes.get(each, 0) for each in below)
+            if self._sizes[node] > MOST:
+                raise yaml.composer.ComposerError(None, None, f"stands for more than {MOST:,} values", node.start_mark)
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {
