@@ -27,6 +27,8 @@ def command(folder: Path) -> None:
     if Path(recipe.model.name_or_path).absolute().is_relative_to((run / "stand-in").absolute()):
         raise RecipeError(Problem(str(folder), "was a smoke run, whose stand-in model is gone", "verify a real run"))
     run.claim()
+    before = run.record.get("gates", {})
+    stopped = any(before.get(name, {}).get("verdict") == "stopped" for name in ("saved", "reload"))
     with secrets.kept_out(run.path), quiet.libraries(run / "logs" / "libraries.log") as user:
         from alignctl.train import verify
         from alignctl.train.display import Display
@@ -41,6 +43,6 @@ def command(folder: Path) -> None:
         except VerifyError as error:
             run.update(status="failed", why=str(error))
             raise
-        if run.record["status"] == "failed":
+        if stopped and run.record["status"] == "failed":
             run.update(status="finished", why=None)
         display.gates({name: found for name, found in gates.results.items() if name in ("saved", "reload")})

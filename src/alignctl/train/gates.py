@@ -33,7 +33,7 @@ class Gates:
         self._on: dict[str, bool] = recipe.gates.model_dump()
         self._run, self._say = run, say
         earlier = {name: Result(**found) for name, found in run.record.get("gates", {}).items()}
-        self.results = {name: found for name, found in earlier.items() if found.verdict != "stopped"}
+        self.results = {name: found for name, found in earlier.items() if found.verdict in ("passed", "warned")}
         self.results |= {name: Result("off", "switched off in the recipe") for name, on in self._on.items() if not on}
 
     def on(self, name: str) -> bool:

@@ -262,6 +262,7 @@ class Signs(TrainerCallback):
         self._tokens = float(rows.lengths("chosen_ids").mean())
         self._pairs = recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
         self._first: float | None = None
+        self._drifted: float | None = None
         self._low = self._right = 0
         self._losses: list[float] = []
 
@@ -289,9 +290,7 @@ class Signs(TrainerCallback):
             way_out = f"a lower learning rate{hold} them"
             self._gates.warned("drift", said, way_out, value=round(drift, 3), limit=DRIFT, step=step)
         else:
-            self._gates.passed(
-                "drift", f"chosen answers: {drift:+.2f} nats a token", value=round(drift, 3), limit=DRIFT
-            )
+            self._drifted = drift
 
     def _easy(self, logs: dict[str, float], args: TrainingArguments, state: TrainerState) -> None:
         """Every pair right in three log lines of the first tenth of a run."""
@@ -307,6 +306,9 @@ class Signs(TrainerCallback):
     ) -> None:
         if self._gates.on("easy"):
             self._gates.passed("easy", "the pairs took learning")
+        if self._drifted is not None:
+            said = f"chosen answers: {self._drifted:+.2f} nats a token"
+            self._gates.passed("drift", said, value=round(self._drifted, 3), limit=DRIFT)
         if self._recipe.dpo is None or self._recipe.dpo.loss_type != "sigmoid" or not self._gates.on("noise"):
             return
         if not self._losses:

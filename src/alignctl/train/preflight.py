@@ -133,7 +133,7 @@ def targets(built: Built) -> None:
     if blocks - reached:
         said = f"{len(blocks - reached)} of {len(blocks)} blocks have no adapter"
         built.gates.stopped("targets", said, way_out, value=len(reached), limit=len(blocks))
-    said = f"{adapted.total()} adapters, on {', '.join(sorted(map(_last, adapted)))} of all {len(blocks)} blocks"
+    said = f"{adapted.total()} adapters, on {', '.join(sorted(set(map(_last, adapted))))} of all {len(blocks)} blocks"
     if without := [name for name in experts(model) if not any(name.startswith(outer + ".") for outer in with_one)]:
         said += f"; {len(without)} tensors of experts have none"
     built.gates.passed("targets", said, value=adapted.total(), limit=sum(present[kind] for kind in adapted))
@@ -177,7 +177,7 @@ def quantized(built: Built) -> None:
     asked = str(wanted.bnb_4bit_compute_dtype).removeprefix("torch.")
     if computes != {asked}:
         said = f"4-bit layers compute in {', '.join(sorted(computes))} instead of {asked}"
-        built.gates.stopped("quantized", said, way_out, value=sorted(computes)[0], limit=asked)
+        built.gates.stopped("quantized", said, way_out, value=sorted(computes - {asked})[0], limit=asked)
     said = f"{len(layers)} of {len(layers)} layers in 4 bits, computed in {asked}"
     built.gates.passed("quantized", said, value=len(layers), limit=len(layers))
 
