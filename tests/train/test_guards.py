@@ -544,7 +544,7 @@ def test_chosen_answers_that_become_unlikely(args: TrainingArguments, make_gates
     guard = signs(gates)
     low, high = {"rewards/chosen": -0.12}, {"rewards/chosen": -0.06}
     log(guard, args, [low, low, high, low, low])
-    assert gates.results["drift"] == Result("passed", "chosen answers: -0.40 nats a token", -0.4, -0.3)
+    assert "drift" not in gates.results
     guard.on_log(args, at(6), CONTROL, logs={"loss": 0.5, "rewards/accuracies": 0.5, **low})
     assert gates.results["drift"] == Result(
         "warned", "chosen answers have become unlikelier: -0.40 nats a token", -0.4, -0.3, 6
@@ -555,13 +555,17 @@ def test_chosen_answers_that_become_unlikely(args: TrainingArguments, make_gates
 
 def test_a_little_less_likely_is_usual(args: TrainingArguments, make_gates: MakeGates, said: list[str]) -> None:
     gates = make_gates()
-    log(signs(gates), args, [{"rewards/chosen": -0.089}] * 9)
-    assert gates.results["drift"].value == -0.297 and not said
+    guard = signs(gates)
+    log(guard, args, [{"rewards/chosen": -0.089}] * 9)
+    guard.on_train_end(args, at(9), CONTROL)
+    assert gates.results["drift"] == Result("passed", "chosen answers: -0.30 nats a token", -0.297, -0.3) and not said
 
 
 def test_orpo_is_held_against_its_first_line(args: TrainingArguments, make_gates: MakeGates) -> None:
     gates = make_gates()
-    log(signs(gates, "orpo"), args, [{"logps/chosen": value} for value in (-9.0, -9.25, -9.25, -9.25)])
+    guard = signs(gates, "orpo")
+    log(guard, args, [{"logps/chosen": value} for value in (-9.0, -9.25, -9.25, -9.25)])
+    guard.on_train_end(args, at(4), CONTROL)
     assert (gates.results["drift"].verdict, gates.results["drift"].value) == ("passed", -0.25)
     log(signs(gates, "orpo"), args, [{"logps/chosen": value} for value in (-2.0, -2.25, -2.35, -2.35, -2.4)])
     assert gates.results["drift"] == Result(

@@ -246,6 +246,7 @@ def train(job: Job, signals: Signals, resume: Path | None) -> None:
     for callback in (*watching, shown, checkpoints, signals):
         job.trainer.add_callback(callback)
     try:
+        trl_seam.end_at_the_last_step(job.trainer)
         with job.display.training("rows" if job.recipe.method == "sft" else "pairs"):
             job.trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:

@@ -65,7 +65,8 @@ def _full(run: RunDir | None) -> Problem:
         return Problem("disk", "is full", "free space, then run again")
     last = run.checkpoints()
     kept = f"the last whole checkpoint is {last[-1].name}" if last else "no checkpoint had been written"
-    return Problem(str(run.path), f"the disk is full; {kept}", "free space, then run again with --resume")
+    how = "--resume" if last else "--overwrite"
+    return Problem(str(run.path), f"the disk is full; {kept}", f"free space, then run again with {how}")
 
 
 def _no_model(error: Exception) -> AlignctlError:

@@ -75,6 +75,21 @@ def install_sampler(trainer: Trainer, sampler: Sampler[int]) -> None:
     trainer._get_train_sampler = lambda train_dataset=None: sampler
 
 
+def end_at_the_last_step(trainer: Trainer) -> None:
+    """Let a run that is resumed at its last step end there.
+
+    transformers' Trainer looks whether it is done after a step alone, and takes one more where that step lies within
+    an epoch. To go when it looks before.
+    """
+    run_epoch = trainer._run_epoch
+
+    def bounded(**given: Any) -> None:
+        if trainer.state.global_step < trainer.state.max_steps:
+            run_epoch(**given)
+
+    trainer._run_epoch = bounded
+
+
 def install_head(model: Any) -> None:
     """Let `model(…, labels=…, fused_lm_head=True)` project supervised positions only, on every device.
 
