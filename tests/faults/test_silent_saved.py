@@ -261,7 +261,8 @@ def test_the_base_is_another_one_now(train: Train, here: Here, base: Path) -> No
     assert train(model={"name_or_path": str(base)}).code == 0
     changed_base(base)
     done = here("verify", "run")
-    assert done.returncode == 6 and "gate.reload: " in done.stderr and record()["status"] == "failed"
+    assert done.returncode == 4 and "the base has other weights" in done.stderr
+    assert record()["status"] == "finished"
 
 
 @pytest.mark.usefixtures("quick")

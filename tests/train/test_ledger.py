@@ -148,7 +148,7 @@ def test_too_many_dropped_rows_stop_the_run(encoder: Encoder, write_rows: WriteR
         "empty answer: 4 (first: rows.jsonl:5, rows.jsonl:6, rows.jsonl:7); "
         "chosen equals rejected: 3 (first: rows.jsonl:9, rows.jsonl:10, rows.jsonl:11); "
         "stop token inside the answer: 2 (first: rows.jsonl:12, rows.jsonl:13)"
-        " — mend the rows, or raise data.max_length or data.max_dropped"
+        " — mend the rows, or raise data.max_dropped"
     )
 
 
@@ -179,7 +179,7 @@ def test_no_row_left_stops_the_run(
     recipe = data_recipe("dpo", write_rows([pair("Empty?", chosen="")]), max_dropped=1.0, **more)
     assert refused(recipe, encoder) == (
         "data.train: 1 of 1 rows would be dropped, so none is left: empty answer: 1 (first: rows.jsonl:1)"
-        " — mend the rows, or raise data.max_length or data.max_dropped"
+        " — mend the rows, or raise data.max_dropped"
     )
 
 
