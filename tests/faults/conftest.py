@@ -6,13 +6,17 @@ import json
 import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from transformers import Trainer
 
-from alignctl.train import standin
+from alignctl.train import fit, standin
+
+Fault = Callable[[Trainer], None]
 
 # The gate `reload` starts a process, which takes seconds: the tests that are not about it leave it out.
 QUICK = {"reload": False}
@@ -101,3 +105,20 @@ def train(
         return Ran(done.returncode, done.stdout, done.stderr, tmp_path / folder)
 
     return run
+
+
+@pytest.fixture
+def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[Fault], None]:
+    """Change every trainer after it is built."""
+
+    def planted(fault: Fault) -> None:
+        for method, build in list(fit.BUILD.items()):
+            monkeypatch.setitem(fit.BUILD, method, partial(_faulty, build, fault))
+
+    return planted
+
+
+def _faulty(build: Callable[..., Trainer], fault: Fault, *given: Any) -> Trainer:
+    trainer = build(*given)
+    fault(trainer)
+    return trainer

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +26,6 @@ METHODS = ("sft", "dpo", "orpo")
 LATER = {"moved": False, "saved": False}
 # Below a bfloat16 weight's last bit: adapters begin at up to 0.125 here, and 0.125 / 400 is 3e-4.
 LOW = {"learning_rate": 5e-6, "max_steps": 10}
-
-
-@pytest.fixture
-def plant(monkeypatch: pytest.MonkeyPatch) -> Plant:
-    """Change every trainer after it is built."""
-
-    def planted(fault: Fault) -> None:
-        for method, build in list(fit.BUILD.items()):
-            monkeypatch.setitem(fit.BUILD, method, partial(_faulty, build, fault))
-
-    return planted
-
-
-def _faulty(build: Callable[..., Trainer], fault: Fault, *given: Any) -> Trainer:
-    trainer = build(*given)
-    fault(trainer)
-    return trainer
 
 
 def trained(trainer: Trainer) -> dict[str, nn.Parameter]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
-from alignctl.train import fit, standin
+from alignctl.train import standin
 
 Train = Callable[..., Any]
 Fault = Callable[[Trainer], None]
@@ -22,23 +21,6 @@ Plant = Callable[[Fault], None]
 
 METHODS = ("sft", "dpo", "orpo")
 LATER = {"moved": False, "saved": False}
-
-
-@pytest.fixture
-def plant(monkeypatch: pytest.MonkeyPatch) -> Plant:
-    """Change every trainer after it is built."""
-
-    def planted(fault: Fault) -> None:
-        for method, build in list(fit.BUILD.items()):
-            monkeypatch.setitem(fit.BUILD, method, partial(_faulty, build, fault))
-
-    return planted
-
-
-def _faulty(build: Callable[..., Trainer], fault: Fault, *given: Any) -> Trainer:
-    trainer = build(*given)
-    fault(trainer)
-    return trainer
 
 
 def trained(trainer: Trainer) -> dict[str, nn.Parameter]:

@@ -118,7 +118,7 @@ def test_a_kernel_of_the_hub_is_code(name: str, refused: Refused, accepted: Acce
         "pypi:toy",
         "pypi:toy==",
         "pypi:../toy==1",
-        "pypi:/tmp/toy==1",
+        "pypi:./toy==1",
         "pypi:toy @ https://example.org/toy.whl",
         "pypi:toy[extra]==1",
         "pypi:--index-url=x==1",
