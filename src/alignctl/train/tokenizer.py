@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from alignctl.errors import Problem, RecipeError
 from alignctl.recipe import catalog
@@ -37,6 +37,23 @@ def load_encoder(recipe: Recipe) -> Encoder:
         tokenizer.chat_template = Path(name).read_text(encoding="utf-8")
     elif name != "model":
         tokenizer.chat_template = catalog.template(name)
+    return _encoder(tokenizer)
+
+
+def saved_encoder(folder: Path, *, trusted: bool) -> Encoder:
+    """The tokenizer that a run saved in `folder`, with the template that it was trained with.
+
+    Raises:
+        RecipeError: it cannot be loaded.
+    """
+    try:
+        return _encoder(AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted))
+    except (OSError, ValueError) as error:
+        what = f"its tokenizer cannot be loaded: {' '.join(str(error).split())}"
+        raise RecipeError(Problem(str(folder), what, "alignctl verify says what is wrong with it")) from error
+
+
+def _encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.padding_side = "right"

@@ -1,0 +1,74 @@
+"""Finished runs on a tiny model, trained once for all tests of a method."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from alignctl.train import standin
+
+WORDS = ("tea", "rain", "bread", "stone", "river", "lamp", "cloud", "wheel")
+
+
+def pairs(first: int, count: int) -> list[dict[str, Any]]:
+    """Preference pairs numbered from `first` on, all with prompts of their own."""
+    out = []
+    for i in range(first, first + count):
+        a, b = WORDS[i % 8], WORDS[(3 * i + 1) % 8]
+        out.append({"prompt": f"Say {i} and {a}.", "chosen": f"{a} {i} {b}", "rejected": f"{b} {i} {a}, twice"})
+    return out
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model `base`, `train.jsonl` and `test.jsonl`, in which the runs are made."""
+    folder = tmp_path_factory.mktemp("workshop")
+    for name, rows in (("train", pairs(0, 24)), ("test", pairs(100, 8)), ("other", pairs(200, 8))):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    family = standin.family("smollm")[0]
+    standin._tokenizer(family, folder / "train.jsonl", folder / "base")
+    standin._model(family, folder / "base")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(workshop: Path) -> Callable[..., Path]:
+    """The folder of a run of `method`, finished; the same sections give the same run. Nobody may change it."""
+
+    @cache
+    def train(method: str = "dpo", sections: str = "{}") -> Path:
+        answer = {"answer": "chosen"} if method == "sft" else {}
+        values: dict[str, Any] = {
+            "model": {"name_or_path": str(workshop / "base"), "dtype": "float32"},
+            "lora": {"r": 4},
+            "data": {
+                "train": [{"path": "train.jsonl", **answer}],
+                "eval": [{"path": "test.jsonl", **answer}],
+            },
+            "training": {"learning_rate": 5e-4, "max_steps": 6},
+            method: {},
+            "evaluation": {"samples": 4, "max_new_tokens": 8},
+            "gates": {"reload": False},
+        }
+        for name, section in json.loads(sections).items():
+            values[name] = None if section is None else {**(values.get(name) or {}), **section}
+        values = {name: section for name, section in values.items() if section is not None}
+        name = f"{method}-{len(list(workshop.glob('*.yaml')))}"
+        (workshop / f"{name}.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+        command = [sys.executable, "-m", "alignctl", method, f"{name}.yaml"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment["ALIGNCTL_CACHE"] = str(workshop / "cache")
+        done = subprocess.run(command, cwd=workshop, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return workshop / "runs" / name
+
+    return lambda method="dpo", **sections: train(method, json.dumps(sections, sort_keys=True))
