@@ -119,6 +119,57 @@ def verify(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's fold
     verify.command(run)
 
 
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
+
+
+@app.command("eval")
+def evaluate(
+    run: Run,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="FILE", help="Rows to evaluate on, instead of those held out.")
+    ] = None,
+    against: Annotated[
+        str,
+        typer.Option("--against", metavar="start|base|RUN", help="The reference: what training started from, or …"),
+    ] = "start",
+    samples: Annotated[int | None, typer.Option("--samples", min=0, help="How many prompts are answered.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the answers that are drawn.")] = 0,
+    reward_model: Annotated[
+        str | None, typer.Option("--reward-model", metavar="MODEL", help="Judge: a model that gives one number.")
+    ] = None,
+    judge_url: Annotated[
+        str | None, typer.Option("--judge-url", metavar="URL", help="Judge: an endpoint of OpenAI's protocol.")
+    ] = None,
+    judge_model: Annotated[
+        str | None, typer.Option("--judge-model", metavar="NAME", help="The endpoint's model.")
+    ] = None,
+    judge_rule: Annotated[
+        str | None,
+        typer.Option("--judge-rule", metavar="FILE.py:FUNCTION", help="Judge: a function (prompt, answer) -> number."),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option("--tasks", metavar="TASK", help="A task of lm-eval; may be given often.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Did it get better? Trained model and reference on held-out rows, with intervals, answers and a verdict."""
+    from alignctl.cli import evaluation
+
+    evaluation.command(
+        run,
+        data=data,
+        against=against,
+        samples=samples,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        judges=evaluation.Judges(reward_model, judge_url, judge_model, judge_rule),
+        tasks=tasks or [],
+        json=as_json,
+    )
+
+
 @recipes.callback()
 def list_recipes(context: typer.Context) -> None:
     """List the built-in recipes."""

@@ -1,15 +1,25 @@
-"""Answers to held-out prompts: batched, left-padded, greedy, until a stop token."""
+"""Answers to held-out prompts: batched, left-padded, greedy or sampled, until a stop token."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Words of more characters than this on average are none: the text has no spaces.
 LONGEST = 16
+# What answers begin with that refuse, in English.
+_REFUSES = re.compile(
+    r"\b(I('m| am) (very |so )?sorry|I (can(no|')t|can not|won't|will not|must decline to)"
+    r" (help|assist|answer|provide|fulfil|fulfill|comply|do|discuss|give|create|write|support|engage|continue)"
+    r"|as an? (AI|language model)|I('m| am) (not able|unable) to)\b",
+    re.IGNORECASE,
+)
+_BEGINNING = 160
 
 
 @dataclass(frozen=True)
@@ -30,14 +40,36 @@ def answer(
     batch_size: int,
 ) -> list[Answer]:
     """One greedy answer to each prompt of token ids, in the order given."""
+    rows = generate(model, tokenizer, prompts, stop_ids, max_new_tokens, batch_size)
+    return [read(tokenizer, row, stop_ids) for row in rows]
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int | None = None,
+) -> list[list[int]]:
+    """The ids of an answer to each prompt, its stop token included, in the order given.
+
+    Without a `seed` the likeliest token is taken each time; with one, tokens are drawn from the model's own
+    distribution (temperature 1, nothing left out), the same for the same seed and prompts.
+    """
     was_training = model.training
     model.eval()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers: dict[int, Answer] = {}
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        rows = _generate(model, tokenizer, [prompts[i] for i in part], stop_ids, max_new_tokens)
-        answers |= {i: _read(tokenizer, row, stop_ids) for i, row in zip(part, rows, strict=True)}
+    answers: dict[int, list[int]] = {}
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        if seed is not None:
+            torch.manual_seed(seed)
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            sampled = seed is not None
+            rows = _generate(model, tokenizer, [prompts[i] for i in part], stop_ids, max_new_tokens, sampled=sampled)
+            answers |= {i: _whole(row, stop_ids) for i, row in zip(part, rows, strict=True)}
     model.train(was_training)
     return [answers[i] for i in range(len(prompts))]
 
@@ -51,6 +83,16 @@ def distinct(text: str, n: int = 2) -> float:
     units = words if len(text) <= LONGEST * len(words) else list(text)
     runs = list(zip(*(units[i:] for i in range(n)), strict=False))
     return len(set(runs)) / len(runs) if runs else 1.0
+
+
+def repeats(text: str, n: int = 4) -> float:
+    """Share of the runs of `n` words in `text` that stood in it before; 0 where there are none."""
+    return 1 - distinct(text, n)
+
+
+def refuses(text: str) -> bool:
+    """Whether an English answer begins by refusing."""
+    return _REFUSES.search(text.replace("\u2019", "'")[:_BEGINNING]) is not None
 
 
 def summary(answers: Sequence[Answer]) -> dict[str, float]:
@@ -68,26 +110,36 @@ def _generate(
     prompts: Sequence[Sequence[int]],
     stop_ids: Sequence[int],
     max_new_tokens: int,
+    *,
+    sampled: bool,
 ) -> list[list[int]]:
     width = max(map(len, prompts))
     pad = tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    how: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sampled else {}
     with torch.inference_mode():
         out = model.generate(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
-            do_sample=False,
             eos_token_id=list(stop_ids),
             pad_token_id=pad,
             use_cache=True,
+            **{"do_sample": False, **how},
         )
     rows: list[list[int]] = out[:, width:].tolist()
     return rows
 
 
-def _read(tokenizer: PreTrainedTokenizerBase, row: list[int], stop_ids: Sequence[int]) -> Answer:
-    end = next((i for i, token in enumerate(row) if token in stop_ids), None)
-    ids = row[:end]
-    return Answer(tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids), end is not None)
+def _whole(row: list[int], stop_ids: Sequence[int]) -> list[int]:
+    """A generated row up to its first stop token, without the padding behind it."""
+    end = next((i for i, token in enumerate(row) if token in stop_ids), len(row))
+    return row[: end + 1]
+
+
+def read(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop_ids: Sequence[int]) -> Answer:
+    """The answer that the ids of `generate` are."""
+    stopped = ids[-1:] != [] and ids[-1] in stop_ids
+    said = ids[:-1] if stopped else ids
+    return Answer(tokenizer.decode(said, skip_special_tokens=True).strip(), len(said), stopped)

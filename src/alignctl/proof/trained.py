@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -83,12 +84,20 @@ class Trained:
         return model.eval()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Models:
     """The trained model, and the one that training started from: the same with other adapters, or a second one."""
 
     tuned: PreTrainedModel
     other: PreTrainedModel | None = None
+
+    def drop(self) -> None:
+        """Give the memory back: none of the models can be used any more."""
+        del self.tuned
+        self.other = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     @contextlib.contextmanager
     def start(self) -> Iterator[PreTrainedModel]:
