@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from alignctl.evaluate.generation import Answer, distinct, summary
+from alignctl.evaluate.generation import Answer, distinct, refuses, repeats, summary
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,29 @@ def test_summary_is_a_mean_over_answers() -> None:
 
 def test_summary_of_one_answer() -> None:
     assert summary([Answer("a a a", 3, False)]) == {"stop_rate": 0.0, "distinct_2": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("text", "share"), [("a b c d a b c d", 1 / 5), ("a b c d e", 0.0), ("a b", 0.0), ("a a a a a a", 2 / 3)]
+)
+def test_repeats(text: str, share: float) -> None:
+    assert repeats(text) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("text", "refused"),
+    [
+        ("I'm sorry, but I can't help with that.", True),
+        ("I\u2019m sorry. That is not something I do.", True),
+        ("As an AI, I have no birthday.", True),
+        ("As a language model I cannot say.", True),
+        ("I cannot provide instructions for this.", True),
+        ("I am unable to answer.", True),
+        ("I can help with that.", False),
+        ("Sorry is the hardest word.", False),
+        ("Boil the water first. " * 10 + "I'm sorry, but I can't help.", False),
+        ("", False),
+    ],
+)
+def test_refusals_are_told_by_how_an_answer_begins(text: str, refused: bool) -> None:
+    assert refuses(text) is refused

@@ -75,6 +75,8 @@ def prepare(trained: Trained, wanted: Wanted) -> Work:
     Raises:
         AlignctlError: they cannot be read, or are none.
     """
+    if wanted.against not in ("start", "base"):
+        opened(Path(wanted.against))
     asked, evaluation = rows.read(trained, wanted.data), trained.recipe.evaluation
     training = trained.recipe.training
     settings = Settings(

@@ -55,7 +55,7 @@ def run(model: PreTrainedModel, encoder: Encoder, names: Sequence[str]) -> Resul
             model=HFLM(pretrained=model, tokenizer=encoder.tokenizer, batch_size=8),
             tasks=list(names),
             log_samples=False,
-            bootstrap_iters=0,
+            bootstrap_iters=1000,  # with none there are no standard errors
         )
     except (ValueError, KeyError) as error:
         raise RecipeError(Problem("--tasks", " ".join(str(error).split()), "lm-eval ls tasks")) from error
