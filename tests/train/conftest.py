@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, TrainingArguments
 
 from alignctl.recipe import catalog
 from alignctl.recipe.schema import Recipe
 from alignctl.rundir import RunDir
-from alignctl.train import standin, tokens
+from alignctl.train import data, standin, tokens
+from alignctl.train.data import Rows
 from alignctl.train.gates import Gates
 from alignctl.train.tokens import Encoder
 
@@ -132,5 +133,24 @@ def make_gates(tmp_path: Path, data_recipe: Callable[..., Recipe], said: list[st
         recipe = data_recipe("dpo", Path("unused.jsonl"))
         given = Recipe.model_validate(recipe.model_dump() | {"gates": switches})
         return Gates(given, RunDir(tmp_path), said.append)
+
+    return build
+
+
+@pytest.fixture
+def args(tmp_path: Path) -> TrainingArguments:
+    return TrainingArguments(output_dir=str(tmp_path / "checkpoints" / ".writing"), use_cpu=True, logging_steps=1)
+
+
+@pytest.fixture
+def make_rows(
+    write_rows: Callable[..., Path], data_recipe: Callable[..., Recipe], encoder: Encoder
+) -> Callable[..., Rows]:
+    """So many encoded pairs, or rows of an SFT run; row i stands at rows.jsonl:i + 1."""
+
+    def build(count: int = 6, method: str = "dpo") -> Rows:
+        given = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": f"No {i}"} for i in range(count)]
+        source = {"answer": "chosen"} if method == "sft" else {}
+        return data.prepare(data_recipe(method, write_rows(given), source), encoder)[0]
 
     return build

@@ -1,0 +1,34 @@
+"""Errors of the libraries in our words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from alignctl.errors import MachineError
+from alignctl.rundir import RunDir
+from alignctl.train import fit
+
+
+@pytest.mark.parametrize(
+    ("foreign", "said"),
+    [
+        (OSError(28, "No space left on device"), "the disk is full"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc] PytorchStreamWriter failed writing file"),
+            "the disk is full",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "CUDA out of memory"),
+        (OSError("We couldn't connect to 'https://huggingface.co' to load the files"), "cannot be reached"),
+    ],
+)
+def test_foreign_errors_become_ours(tmp_path: Path, foreign: Exception, said: str) -> None:
+    with pytest.raises(MachineError, match=said), fit.translated(RunDir(tmp_path)):
+        raise foreign
+
+
+def test_a_bug_stays_a_bug(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="boom"), fit.translated(RunDir(tmp_path)):
+        raise RuntimeError("boom")
