@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from alignctl.train import fit, standin
 
@@ -116,6 +116,22 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[Fault], None]:
             monkeypatch.setitem(fit.BUILD, method, partial(_faulty, build, fault))
 
     return planted
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[[TrainerCallback], None]:
+    """Give every trainer that is built a callback, before all others."""
+
+    def with_callback(callback: TrainerCallback) -> None:
+        def build(*given: Any, built: Callable[..., Trainer]) -> Trainer:
+            trainer = built(*given)
+            trainer.callback_handler.callbacks.insert(1, callback)
+            return trainer
+
+        for method, built in fit.BUILD.items():
+            monkeypatch.setitem(fit.BUILD, method, partial(build, built=built))
+
+    return with_callback
 
 
 def _faulty(build: Callable[..., Trainer], fault: Fault, *given: Any) -> Trainer:

@@ -1,4 +1,4 @@
-"""A recipe file to a checked recipe: every mistake at once, each with its place and a way out."""
+"""A recipe file to a checked recipe: what is right, and every problem at once."""
 
 from __future__ import annotations
 
@@ -480,43 +480,3 @@ def test_a_template_file_is_looked_for_beside_the_recipe_then_here_then_built_in
         write("{{ messages }}", file)
     path = write(minimal(model="{name_or_path: m, chat_template: own.jinja}"), "mine/r.yaml")
     assert load(path).recipe.model.chat_template == str((here / hit).resolve())
-
-
-# --- arguments for TRL
-
-
-@pytest.mark.parametrize(
-    ("key", "problem"),
-    [
-        ("adam_bta1", "TRL's dpo config has no such argument — did you mean trl.adam_beta1?"),
-        ("qqqqqq", "TRL's dpo config has no such argument — see TRL's documentation"),
-        ("learning_rate", "alignctl sets this itself — use training.learning_rate"),
-        ("warmup_ratio", "alignctl sets this itself — use training.warmup_ratio"),
-        ("beta", "alignctl sets this itself — use dpo.beta"),
-        ("loss_type", "alignctl sets this itself — use dpo.loss_type"),
-        ("max_length", "alignctl sets this itself — use data.max_length"),
-        ("output_dir", "alignctl sets this itself — use the option --output DIR"),
-        ("bf16", "alignctl sets this itself — use model.dtype"),
-        ("report_to", "alignctl sets this itself — use logging.report_to"),
-        ("save_strategy", "alignctl sets this itself — use training.save_steps"),
-        ("eval_strategy", "alignctl sets this itself — use training.eval_steps"),
-        ("resume_from_checkpoint", "alignctl sets this itself — use the option --resume"),
-    ],
-)
-def test_a_name_under_trl_that_is_refused(key: str, problem: str, refused: Refused) -> None:
-    assert refused(trl=f"{{{key}: 1}}") == [f"r.yaml:5: trl.{key}: {problem}"]
-
-
-def test_names_under_trl_are_those_of_the_method(refused: Refused, accepted: Accepted) -> None:
-    assert accepted(trl="{sync_ref_model: true}").recipe.trl == {"sync_ref_model": True}
-    (problem,) = refused(dpo=None, orpo="{}", trl="{sync_ref_model: true}")
-    assert problem.startswith("r.yaml:5: trl.sync_ref_model: TRL's orpo config has no such argument")
-    assert refused(dpo=None, orpo="{}", trl="{beta: 1}") == [
-        "r.yaml:5: trl.beta: alignctl sets this itself — use orpo.beta"
-    ]
-
-
-def test_a_name_that_trl_knows_is_passed_on_as_it_is(accepted: Accepted) -> None:
-    loaded = accepted(trl="{adam_beta1: 0.8, lr_scheduler_kwargs: {power: 2}, pad_to_multiple_of: null}")
-    expected = {"adam_beta1": 0.8, "lr_scheduler_kwargs": {"power": 2}, "pad_to_multiple_of": None}
-    assert loaded.recipe.trl == loaded.resolved()["trl"] == expected

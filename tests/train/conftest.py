@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starts import ROWS, make_recipe
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, TrainingArguments
 
 from alignctl.recipe import catalog
 from alignctl.recipe.schema import Recipe
 from alignctl.rundir import RunDir
-from alignctl.train import data, standin, tokens
+from alignctl.train import data, fit, machine, standin, tokens
 from alignctl.train.data import Rows
 from alignctl.train.gates import Gates
+from alignctl.train.parts import Parts
+from alignctl.train.preflight import Built
+from alignctl.train.tokenizer import load_encoder
 from alignctl.train.tokens import Encoder
 
 CORPUS = "The user asks a question about tea, and the assistant gives an answer in one short sentence.\n" * 3
@@ -152,5 +156,30 @@ def make_rows(
         given = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": f"No {i}"} for i in range(count)]
         source = {"answer": "chosen"} if method == "sft" else {}
         return data.prepare(data_recipe(method, write_rows(given), source), encoder)[0]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random llama with its tokenizer: two blocks of seven linear layers."""
+    folder = tmp_path_factory.mktemp("tiny")
+    standin.stand_in(make_recipe("dpo", Path("tiny-llama"), folder), folder)
+    return folder / "model"
+
+
+@pytest.fixture
+def make(tiny: Path, tmp_path: Path, make_gates: Callable[..., Gates]) -> Callable[..., Built]:
+    """What a run of `method` on the six rows starts with."""
+
+    def build(method: str = "dpo", **sections: Any) -> Built:
+        file = tmp_path / "rows.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+        recipe = make_recipe(method, tiny, file, **sections)
+        encoder = load_encoder(recipe)
+        rows, _ = data.prepare(recipe, encoder)
+        where = machine.Machine("cpu", "test", True)
+        parts = Parts(where, where.precision(recipe.model.dtype), encoder, rows.dataset(), None, tmp_path)
+        return Built(recipe, parts, fit.BUILD[method](recipe, parts), rows, make_gates())
 
     return build
