@@ -30,7 +30,7 @@ WriteRows = Callable[..., Path]
 VOCABULARY = "amber bread cloud dust ember field grass heron inlet jetty kettle lemon meadow nettle oak pepper quartz"
 WORDS = VOCABULARY.split()
 ALWAYS = """rows.duplicate rows.near_duplicate text.control_tokens text.rendered scores.tie scores.reversed eval.size
-    eval.seen answers.alike shortcut.length shortcut.words shortcut.first_token"""
+    eval.seen answers.same_words answers.alike shortcut.length shortcut.words shortcut.first_token"""
 RENDERED = ("[INST] {} [/INST]", "<|user|>\n{}", "<|eot_id|>{}", "{}<end_of_turn>", "### Instruction:\n{}", "USER: {}")
 RENDERED += ("{}\n\nHuman: And then?", "{}\nASSISTANT: ")
 PLANTED = (4, 9, 20, 31)
@@ -324,6 +324,7 @@ def test_answers_that_are_alike(diagnose: Diagnose) -> None:
         other = [*words[:30], "zinc", *words[31:]]
         rows[i] |= {"chosen": " ".join(words), "rejected": " ".join(other)}
     is_found(diagnose(rows), "answers.alike")
+    assert not diagnose(rows)["answers.same_words"].warns
     for i, words in zip(PLANTED, long, strict=True):
         rows[i] |= {"rejected": " ".join([*words[:20], *VOCABULARY.upper().split()[:6], *words[26:]])}
     assert not diagnose(rows)["answers.alike"].warns
@@ -331,6 +332,26 @@ def test_answers_that_are_alike(diagnose: Diagnose) -> None:
 
 
 # --- shortcuts ---
+
+
+@pytest.mark.parametrize(
+    ("rejected", "same"),
+    [
+        ("yes  IT is", True),
+        ("Yes; it\n- *is*!", True),
+        ("“Yes, it is.”", True),
+        ("Yes, it is not.", False),
+        ("Yes it i s.", False),
+        ("Yés, it is.", False),
+    ],
+)
+def test_answers_of_the_same_words(diagnose: Diagnose, rejected: str, same: bool) -> None:
+    rows = clean(60)
+    for i in PLANTED:
+        rows[i] |= {"chosen": "Yes, it is.", "rejected": rejected}
+    if same:
+        is_found(diagnose(rows), "answers.same_words")
+    assert diagnose(rows)["answers.same_words"].warns == same
 
 
 def shuffled(rows: list[Row], seed: int = 4) -> list[Row]:

@@ -275,12 +275,14 @@ def test_rows_that_are_alike_are_counted(encoder: Encoder, write_rows: WriteRows
         pair("tea !", "LEAVES"),
         pair("Tea?"),
         pair("Tea?", "Stones.", "Leaves."),
+        pair("Rain?", "It is wet!", "it is  WET"),
     ]
     train, _ = data.prepare(data_recipe("dpo", write_rows(rows)), encoder)
     said = train.summary()
     assert said["duplicates"] == {"rows": 2, "first": ["rows.jsonl:3", "rows.jsonl:5"]}
     assert said["near_duplicates"] == {"rows": 1, "first": ["rows.jsonl:4"]}
     assert said["ties"] == {"rows": 1, "first": ["rows.jsonl:3"]}
+    assert said["same_words"] == {"rows": 1, "first": ["rows.jsonl:7"]}
 
 
 # --- sets of scored answers ---

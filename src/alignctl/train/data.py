@@ -118,6 +118,7 @@ class Rows:
         if "chosen_ids" in lengths:
             longer = float(numpy.mean(lengths["chosen_ids"] > lengths["rejected_ids"]))
             out |= {"chosen_longer": round(longer, 4), "ties": vars(self.ties())}
+            out["same_words"] = vars(self.same_words())
         return out
 
     def cut(self) -> dict[str, Places]:
@@ -132,6 +133,10 @@ class Rows:
     def near_duplicates(self) -> Places:
         """Rows that say what an earlier one says but for case, punctuation and spacing."""
         return self.places(_repeated(self.column("likeness")) & ~_repeated(self.column("digest")))
+
+    def same_words(self) -> Places:
+        """Pairs whose answers differ in case, punctuation and spacing only."""
+        return self.places(self.column("same_words"))
 
     def ties(self) -> Places:
         """Rows whose scores are equal."""

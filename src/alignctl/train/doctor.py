@@ -198,6 +198,14 @@ def _scores(rows: Rows) -> Iterator[Finding]:
 
 
 def _answers(rows: Rows) -> Iterator[Finding]:
+    yield _rows(
+        "answers.same_words",
+        rows.same_words(),
+        len(rows),
+        "answers that differ in case, punctuation and spacing only",
+        "that difference is all that the row teaches",
+        "remove them, or look whether the difference is the one that you mean",
+    )
     longest = numpy.maximum(rows.lengths("chosen_ids"), rows.lengths("rejected_ids"))
     yield _rows(
         "answers.alike",

@@ -41,8 +41,9 @@ class EncodedSource:
     """The kept rows of one source as a memory-mapped table, and where the others went.
 
     Columns: `place`; `canonical`, the row as JSON; `key`, `digest` and `likeness`, hashes of its prompt, its ids and
-    its words; `supervised`, its tokens with loss; `common`, the tokens that both answers begin and end with; `cut`;
-    `score_gap`; `control`, whether its text holds special tokens; and its ids.
+    its words; `supervised`, its tokens with loss; `common`, the tokens that both answers begin and end with;
+    `same_words`, whether the answers differ in case, punctuation and spacing only; `cut`; `score_gap`; `control`,
+    whether its text holds special tokens; and its ids.
     """
 
     path: str
@@ -144,6 +145,15 @@ def contents(row: Canonical) -> list[str]:
     return [m["content"] for column in ("messages", "prompt", "chosen", "rejected") for m in row.get(column, [])]
 
 
+def _said(row: Canonical, side: str) -> str:
+    return "\n".join(message["content"] for message in row[side]).strip()
+
+
+def _words(text: str) -> str:
+    """`text` without case, punctuation and spacing."""
+    return _NO_WORD.sub(" ", text.lower()).strip()
+
+
 def hashed(text: str) -> int:
     """64 bits of BLAKE2 over `text`."""
     return _bits(text.encode())
@@ -169,9 +179,10 @@ def _record(
         "canonical": json.dumps(row, ensure_ascii=False),
         "key": hashed(prompt_text(row)),
         "digest": hashed_ids(ids),
-        "likeness": hashed(_NO_WORD.sub(" ", "\n".join(said).lower())),
+        "likeness": hashed(_words("\n".join(said))),
         "supervised": sum(len(part) - part.count(-100) for part in trained),
         "cut": encoded.cut,
+        "same_words": "chosen" in row and _words(_said(row, "chosen")) == _words(_said(row, "rejected")),
         "common": 0 if "labels" in ids else _common(ids["chosen_ids"], ids["rejected_ids"]),
         "score_gap": gap,
         "control": any(special.search(text) is not None for text in said),
@@ -193,7 +204,7 @@ def _schema(method: str) -> pyarrow.Schema:
         **dict.fromkeys(("key", "digest", "likeness"), pyarrow.int64()),
         **dict.fromkeys(("supervised", "common"), pyarrow.int32()),
         "score_gap": pyarrow.float32(),
-        "control": pyarrow.bool_(),
+        **dict.fromkeys(("same_words", "control"), pyarrow.bool_()),
         **dict.fromkeys(columns, pyarrow.list_(pyarrow.int32())),
     }
     return pyarrow.schema(list(kinds.items()))
