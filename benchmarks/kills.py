@@ -25,10 +25,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import faulty
 import torch
+import trials
 import yaml
 
-import faults
 from alignctl import rundir
 from alignctl.cli.main import main as command_line
 from alignctl.rundir import RunDir
@@ -197,9 +198,9 @@ def where(run: RunDir, before: set[tuple[str, int]]) -> str:
 
 def made(folder: Path) -> None:
     """The tiny model, its rows and its recipe."""
-    rows = "".join(json.dumps(row) + "\n" for row in faults.pairs(20))
+    rows = "".join(json.dumps(row) + "\n" for row in faulty.pairs(20))
     (folder / "rows.jsonl").write_text(rows, encoding="utf-8")
-    model = faults.made(folder).model
+    model = trials.made(folder).model
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(model)), encoding="utf-8")
 
 
@@ -210,7 +211,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    with faults.quiet():
+    with trials.quiet():
         for name in ON_THE_WAY:
             importlib.import_module(name)
     began, runs = time.monotonic(), 0
