@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import resource
@@ -20,6 +21,8 @@ LESS_MEMORY = (
     "with more gradient_accumulation_steps, a `quantization:` section, a smaller data.max_length"
 )
 NEARLY_ALL = 0.8
+# How libraries say that memory ran out, where they have no error of its own for it.
+_NO_MEMORY = ("DefaultCPUAllocator: ", "Cannot allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -68,6 +71,15 @@ def detect() -> Machine:
         return Machine("cuda", torch.cuda.get_device_name(0), bf16)
     bf16 = bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return Machine("cpu", f"{platform.machine()} CPU, {torch.get_num_threads()} threads", bf16)
+
+
+def out_of_memory(error: BaseException) -> str:
+    """What `error` says of memory that ran out, of a GPU or of the machine; empty when it is another error."""
+    said = (str(error).strip() or "the machine has no more").splitlines()[0].strip()
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return said
+    found = isinstance(error, RuntimeError) and any(sign in said for sign in _NO_MEMORY)
+    return said.rpartition(_NO_MEMORY[0])[2] if found else ""
 
 
 def peak_host_gib() -> float:

@@ -7,14 +7,13 @@ import errno
 import pickle
 from collections.abc import Iterator
 
-import torch
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from jinja2 import TemplateError
 from safetensors import SafetensorError
 
 from alignctl.errors import AlignctlError, MachineError, Problem, RecipeError
 from alignctl.rundir import RunDir
-from alignctl.train.machine import LESS_MEMORY
+from alignctl.train.machine import LESS_MEMORY, out_of_memory
 
 
 @contextlib.contextmanager
@@ -48,11 +47,11 @@ def translated(run: RunDir | None = None) -> Iterator[None]:
     except TemplateError as error:
         what = f"cannot render a row: {error}"
         raise RecipeError(Problem("model.chat_template", what, "mend the template")) from error
-    except torch.OutOfMemoryError as error:
-        raise MachineError(Problem("memory", str(error).splitlines()[0].strip(), LESS_MEMORY)) from error
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError) as error:
         raise _no_model(error) from error
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError, MemoryError) as error:
+        if said := out_of_memory(error):
+            raise MachineError(Problem("memory", said, LESS_MEMORY)) from error
         if _disk_full(error):
             raise MachineError(_full(run)) from error
         if "huggingface.co" in str(error) or "is not a local folder" in str(error):
