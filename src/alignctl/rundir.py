@@ -22,6 +22,8 @@ from alignctl.errors import MachineError, Problem, RecipeError
 LOCK = ".lock"
 # What a name ends in while its content is being written.
 WRITING = ".writing"
+# Where a smoke run has its stand-ins for model and adapter.
+STAND_IN = "stand-in"
 # What a checkpoint says of itself, for a run that goes on from it.
 NOTE = "alignctl.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -23,6 +23,7 @@ _LOOKS = (
     (re.compile(r"(?<=://)[^\s/@:'\"]*:(?!\$\{oc\.env:)[^\s/@'\"]+(?=@)"), "***"),
     (re.compile(r"\bhf_[A-Za-z0-9]{20,}"), "hf_***"),
 )
+_HIDDEN = re.compile(r"\$\{oc\.env:\w+\}|\*\*\*")
 _TEXTS = (".json", ".jsonl", ".log", ".md")
 # Words of a language: none of them is a secret, and a changed one would break the model.
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json")
@@ -58,6 +59,11 @@ def _forms() -> dict[str, str]:
             spelled = (secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1])
             out |= dict.fromkeys((*spelled, quote(secret), quote(secret, safe="")), name)
     return out
+
+
+def is_hidden(text: str) -> bool:
+    """Whether `hide` has put something in the place of a secret in `text`."""
+    return _HIDDEN.search(text) is not None
 
 
 def hidden(value: Any) -> Any:

@@ -91,10 +91,14 @@ def test_a_secret_in_the_recipe(train: Train, secret: str) -> None:
 
 
 def test_a_place_in_the_recipe(train: Train, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT writes the base's folder into the adapter's config, and nobody but the sweep at the end knows of it."""
+    """PEFT writes it into the adapter's config, which others cannot load without: the run says so."""
     monkeypatch.setenv("ALIGNCTL_PLACE", str(tiny))
     ran = train(model={"name_or_path": "${oc.env:ALIGNCTL_PLACE}"})
     assert ran.code == 0, ran.err
+    said = "adapter_config.json will say ${oc.env:ALIGNCTL_PLACE}, which others cannot load"
+    assert f"note: the base's name holds a secret: {said}" in " ".join(ran.out.partition("step 1/4")[0].split())
+    assert ran.verdict("saved") == "warned" and "warning: gate.saved: " in ran.out
+    assert "names the base as ${oc.env:ALIGNCTL_PLACE}, for a secret is not written" in " ".join(ran.out.split())
     config = json.loads((ran.folder / "model" / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["base_model_name_or_path"] == "${oc.env:ALIGNCTL_PLACE}"
     texts = [path.read_bytes() for path in ran.folder.rglob("*") if path.is_file()] + [ran.out.encode()]

@@ -43,6 +43,23 @@ def test_chosen_and_rejected_are_swapped(train: Train, taught: dict[str, Any]) -
     assert off.code == 0 and off.verdict("labels") == "off" and "swapped" not in off.out
 
 
+def test_chosen_and_rejected_are_swapped_and_none_are_held_out(train: Train, taught: dict[str, Any]) -> None:
+    """Training pairs are asked; a few held-out pairs are too few to tell."""
+    for folder, more in (("none", {}), ("few", {"data": {"eval_fraction": 0.1}})):
+        ran = train("dpo", rows_of(70, worse, better), folder=folder, **taught, **more)
+        assert ran.code == 0 and ran.verdict("labels") == "warned", ran.err
+        if not more:
+            said = ran.record["gates"]["labels"]["said"]
+            assert said.startswith("the model finds the chosen answer likelier in 0 of 64 training pairs (picked with ")
+            assert said.endswith("training.seed: rows.jsonl:1, rows.jsonl:2, rows.jsonl:3 and 61 more)")
+        assert "are chosen and rejected swapped?" in printed(ran)
+        assert ran.verdict("length") == "passed"
+    right = train("dpo", rows_of(70, better, worse), folder="right", **taught)
+    assert right.verdict("labels") == "passed" and right.record["gates"]["labels"]["value"] == 1.0
+    off = train("dpo", rows_of(70, worse, better), gates={"labels": False}, folder="off", **taught)
+    assert off.code == 0 and off.verdict("labels") == "off" and "swapped" not in off.out
+
+
 def test_scores_that_contradict_the_columns(train: Train) -> None:
     scored = [
         row | {"score_chosen": 1.0 if i % 3 == 0 else 3.0, "score_rejected": 2.0}
@@ -95,6 +112,15 @@ def test_answers_that_are_nearly_the_same(train: Train) -> None:
     ran = train("dpo", rows_of(16, lambda i: f"{long} {i % 8}", lambda i: f"{long} {i % 8 + 1}"))
     assert ran.code == 0 and findings(ran)["answers.alike"]["rows"] == 16
     assert "both fall together" in printed(ran)
+
+
+def test_answers_of_the_same_words(train: Train) -> None:
+    ran = train("dpo", rows_of(16, better, lambda i: better(i).upper() + "!" if i % 2 else worse(i)))
+    found = findings(ran)["answers.same_words"]
+    assert (ran.code, found["rows"], found["first"]) == (0, 8, ["rows.jsonl:2", "rows.jsonl:4", "rows.jsonl:6"]), (
+        ran.err
+    )
+    assert "note: answers.same_words: 8 of 16 rows (50.0%)" in printed(ran)
 
 
 # 23: one word tells the pairs apart.

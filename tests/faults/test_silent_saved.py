@@ -20,6 +20,7 @@ from transformers import Trainer
 
 from alignctl.rundir import RunDir
 from alignctl.train import fit, verify
+from alignctl.train import model as models
 
 Train = Callable[..., Any]
 Here = Callable[..., Any]
@@ -98,6 +99,11 @@ SEEN: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "another stop token": (rewritten("generation_config.json", eos_token_id=0), "lacks the stop tokens [1]"),
     "no stop tokens": (lambda: (MODEL / "generation_config.json").unlink(), "answers would not end"),
+    "another base": (
+        rewritten("adapter_config.json", base_model_name_or_path="org/other"),
+        "adapter_config.json names org/other as the base, and ",
+    ),
+    "no base": (rewritten("adapter_config.json", base_model_name_or_path=None), "names None as the base, and "),
     "no tokenizer": (lambda: (MODEL / "tokenizer.json").unlink(), "the tokenizer cannot be loaded: "),
 }
 # What shows only when the model is loaded and computes.
@@ -226,6 +232,38 @@ def changed_base(folder: Path) -> None:
 def base(tiny: Path, tmp_path: Path) -> Path:
     """A copy of the tiny model, which may be changed."""
     return shutil.copytree(tiny, tmp_path / "base")
+
+
+def test_an_adapter_names_the_base_that_it_is_on(train: Train, base: Path, tmp_path: Path) -> None:
+    """Not the place where the one that it goes on from was trained; nor do its checkpoints."""
+    assert train("sft", folder="parent", model={"name_or_path": str(base)}).code == 0
+    moved = base.rename(tmp_path / "moved")
+    child: dict[str, Any] = {"model": {"name_or_path": str(moved), "adapter": "parent"}, "lora": None}
+    ran = train(training={"save_steps": 4}, **child)
+    assert ran.code == 0 and ran.verdict("saved") == "passed", ran.err
+    for folder in (MODEL, Path("run") / "checkpoints" / "step-4"):
+        named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        assert named == str(moved) == record()["model"]["loaded_from"]
+
+
+def test_an_adapter_keeps_the_name_of_another_base(
+    train: Train, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As PEFT leaves it."""
+    assert train("sft", folder="parent", model={"name_or_path": str(base)}).code == 0
+    moved = base.rename(tmp_path / "moved")
+    monkeypatch.setattr(models, "name_base", lambda model, recipe: None)
+    ran = train(model={"name_or_path": str(moved), "adapter": "parent"}, lora=None)
+    assert ran.code == 6 and ran.verdict("saved") == "stopped"
+    assert f"adapter_config.json names {base} as the base, and {moved} is what was trained on" in ran.err
+    assert f"base_model_name_or_path: {moved}" in ran.err
+
+
+def test_a_smoke_run_goes_on_from_a_stand_in(train: Train) -> None:
+    assert train("sft", folder="parent").code == 0
+    ran = train("dpo", None, "--smoke", model={"adapter": "parent"}, lora=None)
+    assert ran.code == 0 and ran.verdict("parent") == "passed" and "gate.parent" not in ran.err, ran.err
+    assert "warning: gate.parent" not in ran.out
 
 
 def test_training_goes_on_on_another_base(train: Train, base: Path) -> None:

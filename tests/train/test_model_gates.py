@@ -73,7 +73,22 @@ def test_one_of_all_layers_has_no_adapter(make: Make) -> None:
     built = make()
     block = built.trainer.model.get_base_model().model.layers[1].self_attn
     block.v_proj = block.v_proj.base_layer
-    stopped(preflight.targets, built, r"layers\.1\.self_attn\.v_proj")
+    said = r"1 of 14 layers that get an adapter have none, such as model\.layers\.1\.self_attn\.v_proj — report it"
+    found = stopped(preflight.targets, built, said)
+    assert (found.value, found.limit) == (13, 14)
+
+
+def test_all_layers_of_a_name_have_no_adapter(make: Make) -> None:
+    built = make(lora={"target_modules": ["q_proj", "v_proj"]})
+    for block in built.trainer.model.get_base_model().model.layers:
+        block.self_attn.v_proj = block.self_attn.v_proj.base_layer
+    found = stopped(preflight.targets, built, r"2 of 4 layers that get an adapter have none, such as .*0.*v_proj")
+    assert (found.value, found.limit) == (2, 4)
+
+
+def test_the_head_and_the_embedding_can_be_asked_for(make_gates: MakeGates) -> None:
+    model = adapted(small("llama"), ["q_proj", "lm_head", "embed_tokens"])
+    passed(preflight.targets, around(model, make_gates()))
 
 
 def test_a_pattern_that_hits_some_layers_only(make: Make) -> None:

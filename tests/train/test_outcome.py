@@ -14,6 +14,7 @@ import pytest
 from alignctl.recipe.schema import Recipe
 from alignctl.rundir import RunDir, write_json
 from alignctl.train import data, outcome
+from alignctl.train.data import Rows
 from alignctl.train.gates import Gates, Result
 from alignctl.train.tokens import Encoder
 
@@ -73,6 +74,23 @@ def test_most_rejected_answers_are_the_likelier_ones(
         0.35,
     )
     assert ["swapped?" in line for line in said] == [True] * (verdict == "warned")
+
+
+def test_the_training_pairs_that_are_asked(
+    write_rows: Callable[..., Path], data_recipe: Callable[..., Recipe], encoder: Encoder
+) -> None:
+    def rows(count: int) -> Rows:
+        file = write_rows({"prompt": f"Say {i}.", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(count))
+        return data.prepare(data_recipe("dpo", file), encoder)[0]
+
+    few, enough, many = rows(19), rows(64), rows(200)
+    assert outcome.asked_of(few, 1) == (few, "19 training pairs (all of them, too few to tell)")
+    assert outcome.asked_of(enough, 1) == (enough, "64 training pairs (all of them)")
+    some, which = outcome.asked_of(many, 1)
+    places = [some.place(i) for i in range(len(some))]
+    assert len(set(places)) == 64 and places == sorted(places, key=lambda place: int(place.split(":")[1]))
+    assert which == f"64 training pairs (picked with training.seed: {', '.join(places[:3])} and 61 more)"
+    assert outcome.asked_of(many, 1)[1] == which != outcome.asked_of(many, 2)[1]
 
 
 def test_equal_answers_are_not_likelier(run: RunDir, make_gates: MakeGates) -> None:

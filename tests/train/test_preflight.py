@@ -238,6 +238,22 @@ def test_memory_runs_out(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     assert where == sorted(where)
 
 
+def test_memory_of_the_machine_runs_out(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trl_seam, "loss_and_logps", lambda *given: torch.empty(10**15))
+    with pytest.raises(MachineError, match=r"do not fit: can't allocate memory: .* Peak so far") as error:
+        preflight.memory(make())
+    assert error.value.exit_code == 4
+
+
+def test_another_error_of_the_trial_is_no_matter_of_memory(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: Any) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(trl_seam, "loss_and_logps", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        preflight.memory(make())
+
+
 @pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])
 def test_the_trial_leaves_nothing_behind(make: Make, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     """With dropout, which takes random numbers."""

@@ -21,16 +21,18 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from alignctl.errors import AlignctlError, MachineError, VerifyError
+from alignctl.errors import AlignctlError, MachineError, Problem, VerifyError
 from alignctl.recipe import catalog
 from alignctl.rundir import RunDir, read_json, write_json
 from alignctl.train import fit, standin, verify
+from alignctl.train import model as models
 from alignctl.train.gates import Gates, Result
 from alignctl.train.tokenizer import text_hash
 
 MakeGates = Callable[..., Gates]
 Here = Callable[..., subprocess.CompletedProcess[str]]
 WEIGHTS = "adapter_model.safetensors"
+CPU = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes"
 
 
 def stopped(gate: Callable[..., None], run: RunDir, gates: Gates, *given: Any, said: str) -> Result:
@@ -252,6 +254,35 @@ def test_another_base_is_no_fault_of_the_model(run: RunDir, make_gates: MakeGate
     assert gates.results["reload"].verdict == "passed"
 
 
+@pytest.mark.parametrize(
+    ("code", "log", "why"),
+    [
+        (verify.NO_MEMORY, "CUDA out of memory. Tried to allocate 2.00 GiB.", "a second time: CUDA out of memory"),
+        (-9, "Warning: something else", "a second time: the system killed the process that did so"),
+    ],
+)
+def test_no_memory_for_it_is_no_fault_of_the_model(
+    run: RunDir, make_gates: MakeGates, code: int, log: str, why: str
+) -> None:
+    gates = make_gates()
+    with pytest.raises(MachineError, match=rf"memory: .* {why}.* — alignctl verify ") as error:
+        verify.reload(run, gates, process(run, code=code, log=log))
+    assert error.value.exit_code == 4 and "reload" not in gates.results
+
+
+@pytest.mark.parametrize("error", [RuntimeError(f"x. {CPU}"), MemoryError(), torch.OutOfMemoryError("CUDA: none")])
+def test_the_process_says_that_memory_ran_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    monkeypatch.setattr(verify, "main", lambda folder: (_ for _ in ()).throw(error))
+    with pytest.raises(SystemExit) as ended:
+        verify.run(Path())
+    assert ended.value.code == verify.NO_MEMORY and capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setattr(verify, "main", lambda folder: (_ for _ in ()).throw(RuntimeError("size mismatch")))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        verify.run(Path())
+
+
 def test_the_process_waits_until_it_is_asked(run: RunDir) -> None:
     """It ends by itself when nobody asks."""
     with verify.begin(run) as waiting:
@@ -372,6 +403,23 @@ def test_all_weights(train: Callable[..., Path]) -> None:
     assert results(folder)["reload"]["value"] <= 1e-4 and (folder / "model" / "model.safetensors").is_file()
 
 
+def test_of_all_weights_the_base_is_gone_when_the_saved_ones_are_loaded(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = train(lora=None, training={"learning_rate": 1e-5})
+    real, loaded, alive = models.load_base, [], []
+
+    def load(*given: Any) -> Any:
+        alive.append([each() is not None for each in loaded])
+        model = real(*given)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(models, "load_base", load)
+    verify.main(folder)
+    assert alive == [[], [False]]
+
+
 def test_a_run_that_goes_on_from_another(train: Callable[..., Path]) -> None:
     parent = train("sft", "parent")
     folder = train("dpo", "child", lora=None, model={"adapter": str(parent)})
@@ -404,6 +452,24 @@ def test_verify_finds_what_was_changed_since(train: Callable[..., Path], here: H
     gc.collect()  # a process of its own would have let go of the folder
     done = here("verify", "run")
     assert (done.returncode, read_json(folder / "run.json")["status"]) == (0, "finished"), done.stderr
+
+
+def test_verify_finishes_a_run_that_had_no_memory_for_it(
+    train: Callable[..., Path], here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(run: RunDir, gates: Gates, process: Any) -> None:
+        raise MachineError(Problem("memory", "there is not enough"))
+
+    with monkeypatch.context() as small, pytest.raises(AssertionError, match="there is not enough"):
+        small.setattr(verify, "reload", full)
+        train()
+    folder = Path("run")
+    assert read_json(folder / "run.json")["status"] == "failed"
+    done = here("verify", "run")
+    assert (done.returncode, read_json(folder / "run.json")["status"]) == (0, "finished"), done.stderr
+    gc.collect()  # a process of its own would have let go of the folder
+    RunDir(folder).update(status="failed")  # by something that has nothing to do with the saved model
+    assert (here("verify", "run").returncode, read_json(folder / "run.json")["status"]) == (0, "failed")
 
 
 def test_verify_finds_another_base(train: Callable[..., Path], here: Here, tiny: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from alignctl import quiet, secrets
 from alignctl.errors import Problem, RecipeError, VerifyError
 from alignctl.recipe import schema
 from alignctl.recipe.load import load
-from alignctl.rundir import RunDir
+from alignctl.rundir import STAND_IN, RunDir
 
 
 def command(folder: Path) -> None:
@@ -24,11 +24,12 @@ def command(folder: Path) -> None:
     if not (run / "model").is_dir() or not (run / "logs" / "live.json").is_file():
         raise RecipeError(Problem(str(folder), f"has saved no model (status: {run.status})", "train it to its end"))
     recipe = load(run / "recipe.yaml").recipe
-    if Path(recipe.model.name_or_path).absolute().is_relative_to((run / "stand-in").absolute()):
+    if Path(recipe.model.name_or_path).absolute().is_relative_to((run / STAND_IN).absolute()):
         raise RecipeError(Problem(str(folder), "was a smoke run, whose stand-in model is gone", "verify a real run"))
     run.claim()
     before = run.record.get("gates", {})
-    stopped = any(before.get(name, {}).get("verdict") == "stopped" for name in ("saved", "reload"))
+    passed = all(before.get(name, {}).get("verdict") in ("passed", "warned") for name in ("saved", "reload"))
+    written = (run / "model" / "README.md").is_file()  # the last thing before the saved model is looked at
     with secrets.kept_out(run.path), quiet.libraries(run / "logs" / "libraries.log") as user:
         from alignctl.train import verify
         from alignctl.train.display import Display
@@ -43,6 +44,6 @@ def command(folder: Path) -> None:
         except VerifyError as error:
             run.update(status="failed", why=str(error))
             raise
-        if stopped and run.record["status"] == "failed":
+        if written and not passed and run.record["status"] == "failed":
             run.update(status="finished", why=None)
         display.gates({name: found for name, found in gates.results.items() if name in ("saved", "reload")})

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import Trainer
 
-from alignctl import rundir
+from alignctl import rundir, secrets
 from alignctl.recipe.schema import Recipe
 from alignctl.rundir import RunDir
 from alignctl.train import arguments, dpo
@@ -14,7 +14,7 @@ from alignctl.train import model as models
 from alignctl.train.data import Rows
 from alignctl.train.display import Display
 from alignctl.train.parts import Parts
-from alignctl.train.tokenizer import template_hash
+from alignctl.train.tokenizer import model_path, template_hash
 
 
 def parameters(trainer: Trainer) -> tuple[int, int]:
@@ -30,6 +30,7 @@ def record(recipe: Recipe, parts: Parts, trainer: Trainer) -> dict[str, Any]:
         "method": recipe.method,
         "model": {
             "name_or_path": recipe.model.name_or_path,
+            "loaded_from": model_path(recipe)[0],
             "revision": recipe.model.revision,
             "commit": getattr(trainer.model.config, "_commit_hash", None),
             "start_fingerprint": models.fingerprint(trainer.model),
@@ -134,6 +135,9 @@ def notices(recipe: Recipe, parts: Parts) -> list[str]:
         out.append("model.use_safetensors is off: a pickle file can run code when it is loaded")
     if recipe.model.trust_remote_code:
         out.append("model.trust_remote_code is on: code from the model's repository runs on this machine")
+    written = secrets.hide(model_path(recipe)[0])
+    if recipe.trains_adapter and secrets.is_hidden(written):
+        out.append(f"the base's name holds a secret: adapter_config.json will say {written}, which others cannot load")
     return out
 
 

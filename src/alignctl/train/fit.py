@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-from alignctl import rundir
+from alignctl import rundir, secrets
 from alignctl.errors import DivergedError, Interrupted, MachineError, Problem, RecipeError
 from alignctl.recipe.load import Loaded
 from alignctl.recipe.schema import Recipe
-from alignctl.rundir import RunDir, read_json
+from alignctl.rundir import STAND_IN, RunDir, read_json
 from alignctl.train import (
     card,
     data,
@@ -109,7 +109,7 @@ def assemble(loaded: Loaded, run: RunDir, display: Display, *, smoke: bool, resu
     """Everything up to the first step: device, stand-ins, tokens, ledger, trainer."""
     where = machine.detect()
     if smoke:
-        recipe, line = standin.stand_in(loaded.recipe, run / "stand-in")
+        recipe, line = standin.stand_in(loaded.recipe, run / STAND_IN)
         display.say(line)
         recipe = _computable(recipe, where)
         loaded = replace(loaded, recipe=recipe)
@@ -197,9 +197,9 @@ def _engine(recipe: Recipe, parts: Parts, trainer: Trainer, gates: Gates) -> dic
     try:
         with trainer.accelerator.autocast():
             found = packing.compare(trainer.model, ids, mask, parts.precision)
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if machine.out_of_memory(error):
+            raise
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         if recipe.training.packed is True:
             raise RecipeError(Problem("training.packed", f"cannot be: {said}", "training.packed=auto")) from error
@@ -236,8 +236,8 @@ def train(job: Job, signals: Signals, resume: Path | None) -> None:
     if resume is not None and job.gates.on("resume"):
         watching.append(guards.Resumed(read_json(resume / NOTE), job.gates))
     job.measure("before")
+    _ask_labels(job)
     if job.eval is not None:
-        outcome.judge_before(job.run, job.gates)
         watching += _probe(job, job.eval)
     else:
         for name in outcome.HELD_OUT:
@@ -261,6 +261,17 @@ def train(job: Job, signals: Signals, resume: Path | None) -> None:
                 f"{job.run.record['command']} --resume",
             ),
         )
+
+
+def _ask_labels(job: Job) -> None:
+    """The gate `labels`, of the held-out pairs or, where too few are held out, of training pairs."""
+    if job.eval is not None and len(job.eval) >= outcome.FEWEST:
+        outcome.judge_before(job.run, job.gates)
+    elif job.recipe.method != "sft" and "labels" not in job.gates.results:  # a resumed run has its answer
+        rows, which = outcome.asked_of(job.train, job.recipe.training.seed)
+        with job.display.waiting("some training rows before training"):
+            chosen, rejected = heldout.likelihoods(job.trainer, rows)
+        outcome.labels(chosen, rejected, which, job.gates)
 
 
 def measure_after(job: Job) -> None:
@@ -290,7 +301,7 @@ def finish(job: Job, began: float, reloading: subprocess.Popen[str] | None) -> N
     rundir.write_text(job.run / "model" / "README.md", card.text(job.recipe, job.run.record, summary))
     with job.display.waiting("looking at the saved model"):
         check_saved(job, reloading)
-    shutil.rmtree(job.run / "stand-in", ignore_errors=True)
+    shutil.rmtree(job.run / STAND_IN, ignore_errors=True)
     seconds = round(time.monotonic() - began, 1)
     job.run.update(status="finished", ended=rundir.now(), seconds=seconds)
     job.display.gates({name: job.gates.results[name] for name in job.gates.results if name in LATER})
@@ -337,6 +348,7 @@ def _write_model(job: Job, beside: Path) -> None:
     else:
         model.save_pretrained(beside)
     job.parts.encoder.tokenizer.save_pretrained(beside)
+    secrets.sweep(beside)
     flush(beside)
 
 

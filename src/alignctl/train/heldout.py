@@ -78,6 +78,23 @@ def _rows(trainer: Trainer, rows: Rows) -> HeldOut:
     return HeldOut(sum(losses) / len(rows), RowScores(*_in_order(parts)), None)
 
 
+@torch.no_grad()
+def likelihoods(trainer: Trainer, rows: Rows) -> numpy.ndarray:
+    """Mean log-probability a token of chosen and of rejected answers under the trainer's model: `[2, n]`."""
+    was_training = trainer.model.training
+    trainer.model.eval()
+    parts = []
+    with trainer.accelerator.autocast():
+        for part, batch in _batches(trainer, rows):
+            answers = batch["completion_mask"].bool()
+            labels = batch["input_ids"].masked_fill(~answers, -100)
+            given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            out = trainer.model(**given, labels=labels, use_cache=False, fused_lm_head=True)
+            parts.append((part, torch.stack(masked_mean(out.log_probs.float(), answers[:, 1:]).chunk(2))))
+    trainer.model.train(was_training)
+    return _in_order(parts)
+
+
 def reference(trainer: Trainer, rows: Rows) -> list[list[float]]:
     """What the reference makes of `rows`: log-probabilities of chosen and of rejected answers, two lists of `n`."""
     was_training = trainer.model.training

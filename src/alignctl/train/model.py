@@ -173,6 +173,15 @@ def with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     return PeftModel.from_pretrained(base, folder, is_trainable=True)
 
 
+def name_base(model: PeftModel, recipe: Recipe) -> None:
+    """Let the adapter's config name the base that it is on, by which others load it.
+
+    PEFT keeps what an adapter said of the base that it was on before, and never writes the revision.
+    """
+    for config in model.peft_config.values():
+        config.base_model_name_or_path, config.revision = model_path(recipe)
+
+
 def fingerprint(model: torch.nn.Module, without: str | None = None) -> str:
     """SHA-256 over every parameter's name, shape, dtype and 64 of its values, evenly spaced.
 

@@ -16,6 +16,7 @@ from alignctl.rundir import RunDir
 from alignctl.train import facts, guards, heldout
 from alignctl.train.data import Rows
 from alignctl.train.gates import Gates
+from alignctl.train.ledger import FIRST
 
 # A rejected answer that the model itself wrote is likely; one that is likelier than the chosen one and is not the
 # model's own hints at swapped columns. Mean log-probability a token.
@@ -23,8 +24,10 @@ OWN = -1.0
 LABELS = 0.35
 LENGTH = 0.8
 FEWEST = 20
-# The gates that ask held-out rows.
-HELD_OUT = ("labels", "length", "answers")
+# Training pairs that are asked about where too few are held out.
+ASKED = 64
+# The gates that ask held-out rows alone.
+HELD_OUT = ("length", "answers")
 
 
 def kept(run: RunDir, when: str) -> dict[str, Any]:
@@ -63,15 +66,31 @@ def outcome(recipe: Recipe, run: RunDir, held_out: Rows | None) -> tuple[dict[st
 
 
 def judge_before(run: RunDir, gates: Gates) -> None:
-    """The gate `labels`: under the model that training starts from, which answers are the likelier ones?"""
+    """The gate `labels`, from the held-out pairs before training."""
     found = scores.from_lists(kept(run, "before")["scores"])
-    if not isinstance(found, PairScores) or not gates.on("labels"):
-        return
-    n = len(found.margins)
-    chosen, rejected = found.chosen_logps_per_token, found.rejected_logps_per_token
-    likelier = int((chosen > rejected).sum())
+    if isinstance(found, PairScores) and gates.on("labels"):
+        sides = found.chosen_logps_per_token, found.rejected_logps_per_token
+        labels(*sides, f"{len(found.margins)} held-out pairs", gates)
+
+
+def asked_of(rows: Rows, seed: int) -> tuple[Rows, str]:
+    """Up to `ASKED` training pairs, and which they are, in words."""
+    n = len(rows)
+    if n <= ASKED:
+        return rows, f"{n} training pairs (all of them{', too few to tell' if n < FEWEST else ''})"
+    some = rows.some(sorted(numpy.random.default_rng(seed).permutation(n)[:ASKED]))
+    first = ", ".join(some.place(i) for i in range(FIRST))
+    return some, f"{ASKED} training pairs (picked with training.seed: {first} and {ASKED - FIRST} more)"
+
+
+def labels(chosen: numpy.ndarray, rejected: numpy.ndarray, pairs: str, gates: Gates) -> None:
+    """The gate `labels`: under the model that training starts from, which answers are the likelier ones?
+
+    `chosen` and `rejected` are mean log-probabilities a token, `[n]`, of the `pairs` in words.
+    """
+    n, likelier = len(chosen), int((chosen > rejected).sum())
     high = wilson(likelier, n)[1]
-    said = f"the model finds the chosen answer likelier in {likelier} of {n} held-out pairs"
+    said = f"the model finds the chosen answer likelier in {likelier} of {pairs}"
     if n >= FEWEST and high < LABELS and rejected.mean() < OWN:
         way_out = "are chosen and rejected swapped? alignctl inspect shows the pairs"
         gates.warned("labels", said, way_out, value=round(likelier / n, 3), limit=LABELS)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, Trainer
 from trl import DPOTrainer
 
@@ -74,6 +75,8 @@ def settle(trainer: Trainer, recipe: Recipe, parts: Parts) -> Trainer:
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if isinstance(trainer.model, PeftModel):
+        models.name_base(trainer.model, recipe)
     models.align_generation(trainer.model, parts.encoder)
     for model in models_of(trainer):
         trl_seam.install_head(model)

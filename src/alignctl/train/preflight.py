@@ -19,12 +19,12 @@ from transformers.pytorch_utils import Conv1D
 from alignctl import rundir
 from alignctl.errors import DataError, MachineError
 from alignctl.recipe.schema import Recipe
-from alignctl.rundir import RunDir
+from alignctl.rundir import STAND_IN, RunDir
 from alignctl.train import model as models
 from alignctl.train import trl_seam
 from alignctl.train.data import Rows
 from alignctl.train.gates import Gates
-from alignctl.train.machine import LESS_MEMORY
+from alignctl.train.machine import LESS_MEMORY, out_of_memory
 from alignctl.train.parts import Parts
 from alignctl.train.tokenizer import template_hash
 
@@ -117,11 +117,7 @@ def targets(built: Built) -> None:
     with_one = [name for name, module in layers.items() if isinstance(module, LoraLayer)]
     adapted, present = (Counter(map(_kind, names)) for names in (with_one, layers))
     way_out = "name layers that the model has in lora.target_modules, or take all-linear"
-    wanted = model.peft_config["default"].target_modules
-    named = [] if isinstance(wanted, str) else sorted(wanted)
-    missed = [t for t in named if not any(name == t or name.endswith("." + t) for name in with_one)]
-    if missed:
-        built.gates.stopped("targets", f"no layer of the model is called {', '.join(missed)}", way_out, value=missed[0])
+    _all_that_was_asked_for(model, way_out, built.gates)
     for kind, count in sorted(adapted.items()):
         if count < present[kind]:
             said = f"{_last(kind)} has an adapter in {count} of {present[kind]} layers"
@@ -137,6 +133,29 @@ def targets(built: Built) -> None:
     if without := [name for name in experts(model) if not any(name.startswith(outer + ".") for outer in with_one)]:
         said += f"; {len(without)} tensors of experts have none"
     built.gates.passed("targets", said, value=adapted.total(), limit=sum(present[kind] for kind in adapted))
+
+
+def _all_that_was_asked_for(model: PeftModel, way_out: str, gates: Gates) -> None:
+    """Every layer that PEFT was told to adapt is there, and has an adapter; of `all-linear` PEFT makes such a list."""
+    wanted = model.peft_config["default"].target_modules
+    asked = set() if isinstance(wanted, str) else set(wanted)
+    layers: dict[str, list[tuple[str, bool]]] = {target: [] for target in asked}
+    for name, module in model.get_base_model().named_modules():
+        for target in asked & _endings(name):
+            layers[target].append((name, isinstance(module, LoraLayer)))
+    if unknown := sorted(target for target, found in layers.items() if not found):
+        gates.stopped("targets", f"no layer of the model is called {', '.join(unknown)}", way_out, value=unknown[0])
+    missed = [found for found in layers.values() if not any(adapted for _, adapted in found)]
+    if without := sorted({name for found in missed for name, _ in found}):
+        n = len({name for found in layers.values() for name, _ in found})
+        said = f"{len(without)} of {n} layers that get an adapter have none, such as {without[0]}"
+        gates.stopped("targets", said, "report it: PEFT was told to", value=n - len(without), limit=n)
+
+
+def _endings(name: str) -> set[str]:
+    """`a.b.c` and what may be written for it: `b.c`, `c`."""
+    parts = name.split(".")
+    return {".".join(parts[i:]) for i in range(len(parts))}
 
 
 def _kind(name: str) -> str:
@@ -226,6 +245,9 @@ def parent(built: Built) -> None:
     if folder is None:
         built.gates.passed("parent", "training starts from the base model")
         return
+    if folder.is_relative_to(built.parts.run / STAND_IN):
+        built.gates.passed("parent", "a stand-in for the adapter, made for the stand-in for the model")
+        return
     record = parent_record(folder)
     trained_on, was = record.get("model", {}), record.get("model", {}).get("name_or_path")
     here = models.base_fingerprint(built.trainer.model)
@@ -265,9 +287,11 @@ def memory(built: Built) -> None:
     what = f"the {size} longest rows ({tokens:,} tokens)"
     try:
         _forward_backward(built, built.batch(longest))
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not (why := out_of_memory(error)):
+            raise
         peak = built.parts.machine.peak_memory_gib()
-        said = f"{what} do not fit: {str(error).splitlines()[0].strip()} Peak so far {peak:.2f} GiB"
+        said = f"{what} do not fit: {why.rstrip('.')}. Peak so far {peak:.2f} GiB"
         built.gates.stopped("memory", said, LESS_MEMORY, value=round(peak, 3), error=MachineError)
     peak = built.parts.machine.peak_memory_gib()
     built.gates.passed("memory", f"{what} fit: peak {peak:.2f} GiB", value=round(peak, 3))

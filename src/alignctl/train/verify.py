@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedModel, Trainer
 
-from alignctl import rundir
+from alignctl import rundir, secrets
 from alignctl.errors import AlignctlError, MachineError, Problem, VerifyError
 from alignctl.recipe.load import load
 from alignctl.recipe.schema import Recipe
@@ -36,7 +38,9 @@ ROWS = 4
 TOKENS = 256
 # How far a token's log-probability may be from the live model's: the same computation, in another process.
 SAME = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 2e-2}
-NO_BASE = 3
+NO_BASE, NO_MEMORY = 3, 4
+# What the system does to a process when there is no more.
+_KILLED = -signal.SIGKILL
 _ANEW = "train anew with --overwrite; gate.finite and gate.moved, where they are on, stop at the step that does this"
 _AGAIN = "the checkpoints are whole: train again with --resume, and report it"
 
@@ -95,7 +99,30 @@ def scan(run: RunDir, gates: Gates) -> None:
     lacking = _lacking(run, trusted=bool(run.record.get("model", {}).get("trust_remote_code")))
     if lacking:
         gates.stopped("saved", lacking, _AGAIN, error=VerifyError)
-    gates.passed("saved", f"{count} tensors, all finite; template and stop tokens are there", value=count)
+    said = f"{count} tensors, all finite; template and stop tokens are there"
+    if unnamed := _base_name(run, gates):
+        way_out = "give them the base beside the adapter; alignctl takes it from recipe.yaml"
+        gates.warned("saved", f"{said}; {unnamed}", way_out, value=count)
+    else:
+        gates.passed("saved", said, value=count)
+
+
+def _base_name(run: RunDir, gates: Gates) -> str:
+    """Why others cannot find the base of a saved adapter by the name that it is saved with; empty where they can."""
+    config = run / "model" / "adapter_config.json"
+    loaded_from = run.record.get("model", {}).get("loaded_from")
+    if loaded_from is None or not config.is_file():
+        return ""
+    try:
+        name = secrets.hide(str(rundir.read_json(config).get("base_model_name_or_path")))
+    except ValueError as error:
+        gates.stopped("saved", f"adapter_config.json cannot be read: {error}", _AGAIN, error=VerifyError)
+    if name != secrets.hide(loaded_from):
+        said = f"adapter_config.json names {name} as the base, and {loaded_from} is what was trained on"
+        way_out = f"base_model_name_or_path: {loaded_from}"
+        gates.stopped("saved", said, way_out, value=name, limit=loaded_from, error=VerifyError)
+    hidden = f"adapter_config.json names the base as {name}, for a secret is not written: others cannot load it by that"
+    return hidden if secrets.is_hidden(name) else ""
 
 
 def _tensors(file: Path, gates: Gates) -> list[tuple[str, torch.Tensor]]:
@@ -143,7 +170,7 @@ def reload(run: RunDir, gates: Gates, process: subprocess.Popen[str]) -> None:
     """The gate `reload`: loaded in a new process, the model computes what it did when it was trained, and not the base.
 
     Raises:
-        MachineError: the base is not there any more.
+        MachineError: the base is not there any more, or there is no memory for it.
         VerifyError: it does not.
     """
     process.communicate("go\n")
@@ -152,6 +179,10 @@ def reload(run: RunDir, gates: Gates, process: subprocess.Popen[str]) -> None:
         last = lines[-1] if lines else "it said nothing"
         if process.returncode == NO_BASE:
             raise MachineError(Problem("model.name_or_path", f"the base cannot be loaded: {last}", "put it back"))
+        if process.returncode in (NO_MEMORY, _KILLED):
+            why = last if process.returncode == NO_MEMORY else "the system killed the process that did so"
+            what = f"there is not enough to load the saved model a second time: {why}"
+            raise MachineError(Problem("memory", what, f"alignctl verify {run.path} when there is"))
         gates.stopped("reload", f"the saved model cannot be loaded: {last}", _AGAIN, error=VerifyError)
     live = rundir.read_json(run / "logs" / "live.json")
     found = rundir.read_json(run / "logs" / "reloaded.json")
@@ -194,19 +225,33 @@ def main(folder: Path) -> None:
         sys.exit(NO_BASE)
     found: dict[str, Any] = {"base_fingerprint": models.base_fingerprint(base)}
     found["base"] = token_logps(base, live["ids"], precision)
-    found["logps"] = token_logps(_tuned(recipe, base, folder / "model", precision, where), live["ids"], precision)
+    if recipe.trains_adapter:
+        tuned = PeftModel.from_pretrained(base, folder / "model").eval()
+    else:
+        del base  # there may be room for one of them
+        gc.collect()
+        torch.cuda.empty_cache()
+        tuned = models.load_base(_saved(recipe, folder / "model"), precision, where)
+    found["logps"] = token_logps(tuned, live["ids"], precision)
     rundir.write_text(folder / "logs" / "reloaded.json", json.dumps(found))
 
 
-def _tuned(
-    recipe: Recipe, base: PreTrainedModel, folder: Path, precision: torch.dtype, where: machine.Machine
-) -> PreTrainedModel | PeftModel:
-    if recipe.trains_adapter:
-        return PeftModel.from_pretrained(base, folder).eval()
+def _saved(recipe: Recipe, folder: Path) -> Recipe:
+    """`recipe` with the saved weights in the place of the base's."""
     changes = {"name_or_path": str(folder), "revision": None}
-    trained = recipe.model_copy(update={"model": recipe.model.model_copy(update=changes)})
-    return models.load_base(trained, precision, where)
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update=changes)})
+
+
+def run(folder: Path) -> None:
+    """`main`, with an exit code of its own where memory runs out."""
+    try:
+        main(folder)
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not (said := machine.out_of_memory(error)):
+            raise
+        print(said, file=sys.stderr)
+        sys.exit(NO_MEMORY)
 
 
 if __name__ == "__main__" and sys.stdin.readline():
-    main(Path(sys.argv[1]))
+    run(Path(sys.argv[1]))
