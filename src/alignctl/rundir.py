@@ -259,7 +259,7 @@ class RunDir:
             RecipeError: the folder cannot be written.
         """
         with self._written():
-            for name in ("why", "ended"):
+            for name in ("why", "ended", "seconds"):
                 self.record.pop(name, None)
             self.update(status="running", resumed_from=checkpoint.name)
             self.cut_metrics(int(checkpoint.name.removeprefix("step-")))

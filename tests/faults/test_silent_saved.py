@@ -256,7 +256,7 @@ def test_an_adapter_keeps_the_name_of_another_base(
     ran = train(model={"name_or_path": str(moved), "adapter": "parent"}, lora=None)
     assert ran.code == 6 and ran.verdict("saved") == "stopped"
     assert f"adapter_config.json names {base} as the base, and {moved} is what was trained on" in ran.err
-    assert f"base_model_name_or_path: {moved}" in ran.err
+    assert f"put base_model_name_or_path back to {moved}" in ran.err
 
 
 def test_a_smoke_run_goes_on_from_a_stand_in(train: Train) -> None:

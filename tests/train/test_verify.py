@@ -454,6 +454,22 @@ def test_verify_finds_what_was_changed_since(train: Callable[..., Path], here: H
     assert (done.returncode, read_json(folder / "run.json")["status"]) == (0, "finished"), done.stderr
 
 
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_the_way_out_of_what_was_changed_since(train: Callable[..., Path], here: Here, checkpoints: bool) -> None:
+    folder = train()
+    change(RunDir(folder), sorted(load_file(folder / "model" / WEIGHTS))[0], torch.full((4, 64), math.nan))
+    if not checkpoints:
+        shutil.rmtree(folder / "checkpoints")
+    for _ in range(2):
+        done = here("verify", "run")
+        how = "--resume, from step-2" if checkpoints else "--overwrite"
+        assert done.returncode == 6 and f"put it back as it was when the run finished, or train again with {how}" in (
+            done.stderr.strip()
+        )
+        gc.collect()  # a process of its own would have let go of the folder
+    assert "finished" not in verify._mended(RunDir(folder.parent / "another"), "report it")
+
+
 def test_verify_finishes_a_run_that_had_no_memory_for_it(
     train: Callable[..., Path], here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:

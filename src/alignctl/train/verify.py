@@ -71,6 +71,15 @@ def token_logps(model: PreTrainedModel, ids: list[list[int]], precision: torch.d
     return out
 
 
+def _mended(run: RunDir, otherwise: str) -> str:
+    """The way out for a model that was whole when the run finished; `otherwise` where it has not, or nobody looked."""
+    asked = [run.record.get("gates", {}).get(name, {}).get("verdict") != "off" for name in ("saved", "reload")]
+    if "seconds" not in run.record or not all(asked):
+        return otherwise
+    how = f"--resume, from {run.checkpoints()[-1].name}" if run.checkpoints() else "--overwrite"
+    return f"put it back as it was when the run finished, or train again with {how}"
+
+
 def scan(run: RunDir, gates: Gates) -> None:
     """The gate `saved`: the files of `model/` hold what a model needs, and every number is finite.
 
@@ -80,13 +89,13 @@ def scan(run: RunDir, gates: Gates) -> None:
     folder = run / "model"
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        gates.stopped("saved", f"{folder} holds no weights (.safetensors)", _AGAIN, error=VerifyError)
+        gates.stopped("saved", f"{folder} holds no weights (.safetensors)", _mended(run, _AGAIN), error=VerifyError)
     count = zero = 0
     for file in files:
-        for name, tensor in _tensors(file, gates):
+        for name, tensor in _tensors(file, run, gates):
             if not torch.isfinite(tensor).all():
                 said = f"{name} in {file.name} holds values that are not finite"
-                gates.stopped("saved", said, _ANEW, error=VerifyError)
+                gates.stopped("saved", said, _mended(run, _ANEW), error=VerifyError)
             count += 1
             zero += "lora_B" in name and not tensor.any()
     if zero:
@@ -95,10 +104,10 @@ def scan(run: RunDir, gates: Gates) -> None:
             if zero == 1
             else f"{zero} adapters are all zero: they change nothing"
         )
-        gates.stopped("saved", said, _ANEW, value=zero, limit=0, error=VerifyError)
+        gates.stopped("saved", said, _mended(run, _ANEW), value=zero, limit=0, error=VerifyError)
     lacking = _lacking(run, trusted=bool(run.record.get("model", {}).get("trust_remote_code")))
     if lacking:
-        gates.stopped("saved", lacking, _AGAIN, error=VerifyError)
+        gates.stopped("saved", lacking, _mended(run, _AGAIN), error=VerifyError)
     said = f"{count} tensors, all finite; template and stop tokens are there"
     if unnamed := _base_name(run, gates):
         way_out = "give them the base beside the adapter; alignctl takes it from recipe.yaml"
@@ -116,21 +125,21 @@ def _base_name(run: RunDir, gates: Gates) -> str:
     try:
         name = secrets.hide(str(rundir.read_json(config).get("base_model_name_or_path")))
     except ValueError as error:
-        gates.stopped("saved", f"adapter_config.json cannot be read: {error}", _AGAIN, error=VerifyError)
+        gates.stopped("saved", f"adapter_config.json cannot be read: {error}", _mended(run, _AGAIN), error=VerifyError)
     if name != secrets.hide(loaded_from):
         said = f"adapter_config.json names {name} as the base, and {loaded_from} is what was trained on"
-        way_out = f"base_model_name_or_path: {loaded_from}"
+        way_out = f"put base_model_name_or_path back to {loaded_from}"
         gates.stopped("saved", said, way_out, value=name, limit=loaded_from, error=VerifyError)
     hidden = f"adapter_config.json names the base as {name}, for a secret is not written: others cannot load it by that"
     return hidden if secrets.is_hidden(name) else ""
 
 
-def _tensors(file: Path, gates: Gates) -> list[tuple[str, torch.Tensor]]:
+def _tensors(file: Path, run: RunDir, gates: Gates) -> list[tuple[str, torch.Tensor]]:
     try:
         with safe_open(file, framework="pt") as opened:
             return [(name, opened.get_tensor(name)) for name in opened.keys()]  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
-        gates.stopped("saved", f"{file} cannot be read: {error}", _AGAIN, error=VerifyError)
+        gates.stopped("saved", f"{file} cannot be read: {error}", _mended(run, _AGAIN), error=VerifyError)
 
 
 def _lacking(run: RunDir, *, trusted: bool) -> str:
@@ -183,7 +192,8 @@ def reload(run: RunDir, gates: Gates, process: subprocess.Popen[str]) -> None:
             why = last if process.returncode == NO_MEMORY else "the system killed the process that did so"
             what = f"there is not enough to load the saved model a second time: {why}"
             raise MachineError(Problem("memory", what, f"alignctl verify {run.path} when there is"))
-        gates.stopped("reload", f"the saved model cannot be loaded: {last}", _AGAIN, error=VerifyError)
+        way_out = _mended(run, _AGAIN)
+        gates.stopped("reload", f"the saved model cannot be loaded: {last}", way_out, error=VerifyError)
     live = rundir.read_json(run / "logs" / "live.json")
     found = rundir.read_json(run / "logs" / "reloaded.json")
     limit = SAME[live["dtype"]]
@@ -196,7 +206,7 @@ def reload(run: RunDir, gates: Gates, process: subprocess.Popen[str]) -> None:
         what = "the base has other weights than it had in training, so the saved model cannot be looked at"
         raise MachineError(Problem("model.name_or_path", what, "put the old ones back"))
     if not apart <= limit:
-        way_out = _ANEW if math.isnan(apart) else _AGAIN
+        way_out = _mended(run, _ANEW if math.isnan(apart) else _AGAIN)
         gates.stopped("reload", said, way_out, value=apart, limit=limit, error=VerifyError)
     if not moved > apart:
         what = f"{said}: the saved model is as good as the base"
