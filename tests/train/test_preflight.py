@@ -213,6 +213,8 @@ def test_the_longest_rows_are_tried(make: Make, monkeypatch: pytest.MonkeyPatch)
 
 def test_fewer_rows_than_a_pass_takes(make: Make) -> None:
     assert passed(preflight.memory, make(training={"per_device_train_batch_size": 99})).said.startswith("the 6 longest")
+    one = passed(preflight.memory, make(training={"per_device_train_batch_size": 1})).said
+    assert one.startswith("the longest row (") and " tokens) fits: peak " in one
 
 
 def test_memory_runs_out(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

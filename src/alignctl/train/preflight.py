@@ -284,17 +284,18 @@ def memory(built: Built) -> None:
     size = min(built.recipe.training.per_device_train_batch_size, len(built.rows))
     longest = [int(i) for i in built.rows.sizes().argsort(kind="stable")[::-1][:size]]
     tokens = int(built.rows.sizes()[longest].sum())
-    what = f"the {size} longest rows ({tokens:,} tokens)"
+    what = f"the {size} longest rows" if size > 1 else "the longest row"
+    what += f" ({tokens:,} tokens)"
     try:
         _forward_backward(built, built.batch(longest))
     except (RuntimeError, MemoryError) as error:
         if not (why := out_of_memory(error)):
             raise
         peak = built.parts.machine.peak_memory_gib()
-        said = f"{what} do not fit: {why.rstrip('.')}. Peak so far {peak:.2f} GiB"
+        said = f"{what} {'do' if size > 1 else 'does'} not fit: {why.rstrip('.')}. Peak so far {peak:.2f} GiB"
         built.gates.stopped("memory", said, LESS_MEMORY, value=round(peak, 3), error=MachineError)
     peak = built.parts.machine.peak_memory_gib()
-    built.gates.passed("memory", f"{what} fit: peak {peak:.2f} GiB", value=round(peak, 3))
+    built.gates.passed("memory", f"{what} fit{'' if size > 1 else 's'}: peak {peak:.2f} GiB", value=round(peak, 3))
 
 
 def _forward_backward(built: Built, batch: dict[str, Tensor]) -> None:
