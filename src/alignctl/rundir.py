@@ -90,6 +90,15 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows in `path` but for lines that are none; none when there is no such file."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
+
+
 def remove(path: Path) -> None:
     """Remove a file, a link or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
@@ -280,11 +289,7 @@ class RunDir:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, but for one that was being written when the run was killed."""
-        file, rows = self.path / "metrics.jsonl", []
-        for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else []:
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
-        return rows
+        return whole_lines(self.path / "metrics.jsonl")
 
     def cut_metrics(self, step: int) -> None:
         """Take back the lines of metrics.jsonl after `step`."""

@@ -7,7 +7,8 @@ import math
 import numpy
 import pytest
 
-from alignctl.evaluate import numbers, statistics
+from alignctl import statistics
+from alignctl.evaluate import numbers
 from alignctl.evaluate.numbers import Estimate, Kind
 
 SHARE = Kind("right", "right", "preferences", "share", "higher")

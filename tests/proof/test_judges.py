@@ -17,9 +17,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 
 from alignctl.errors import MachineError, RecipeError
 from alignctl.evaluate.numbers import Estimate
-from alignctl.evaluate.statistics import wilson
 from alignctl.proof import judges, jury
 from alignctl.proof.judges import Match
+from alignctl.statistics import wilson
 from alignctl.train.display import Display
 from alignctl.train.machine import Machine
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -394,6 +395,12 @@ def test_the_summary_of_pairs(encoder: Encoder, write_rows: WriteRows, data_reci
     assert said["supervised_share"] == round(answers / (answers + sum(lengths["prompt"])), 4)
     longer = [a > b for a, b in zip(lengths["chosen"], lengths["rejected"], strict=True)]
     assert said["chosen_longer"] == round(sum(longer) / len(longer), 4)
+    edges, counts = said["lengths"]["edges"], said["lengths"]["counts"]
+    assert {name: sum(counts[name]) for name in counts} == dict.fromkeys(lengths, 41)
+    for name, values in lengths.items():
+        held = [sum(low <= value < high for value in values) for low, high in pairwise(edges)]
+        assert counts[name] == held
+        assert said["lengths"]["mean"][name] == round(sum(values) / 41, 2)
     assert (said["rows"], said["kept"], said["dropped"], said["set_aside"], said["cut"]) == (41, 41, {}, {}, {})
     assert said["sources"][0]["cache"].startswith("miss ")
     assert train.sizes().tolist() == [sum(map(len, row.values())) for row in rows]
@@ -411,6 +418,20 @@ def test_the_summary_of_dialogues(encoder: Encoder, write_rows: WriteRows, data_
     assert said["supervised_share"] == round(labelled / sum(lengths), 4)
     assert train.sizes().tolist() == lengths
     assert "ties" not in said
+    assert sum(said["lengths"]["counts"]["input"]) == 19
+
+
+@pytest.mark.parametrize(
+    ("lengths", "edges", "counts"),
+    [
+        ([0, 1, 1, 2], [0, 1, 2, 3], [1, 2, 1]),
+        ([40, 80], list(range(0, 83, 2)), [0] * 20 + [1] + [0] * 19 + [1]),
+        ([81], list(range(0, 85, 3)), [0] * 27 + [1]),
+    ],
+)
+def test_a_histogram_has_whole_edges_and_every_row(lengths: list[int], edges: list[int], counts: list[int]) -> None:
+    found = data._histogram({"input": numpy.array(lengths)})
+    assert (found["edges"], found["counts"]["input"]) == (edges, counts)
 
 
 @pytest.mark.parametrize(

@@ -204,3 +204,36 @@ def schema() -> None:
     from alignctl.recipe.document import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")], debug: Debug = False) -> None:
+    """Write RUN/report.html: verdict, gates, curves, data, answers and numbers on one page."""
+    from alignctl.cli import report
+
+    report.command(run)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN …", help="Folders of runs; the first is the measure.")],
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page, too.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Set runs beside each other: recipes, the same held-out rows with paired differences, answers, curves, cost."""
+    from alignctl.cli import compare
+
+    compare.command(runs, html, as_json=as_json)
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to look.")] = Path("runs"),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the runs below a folder, the newest first."""
+    from alignctl.cli import runs
+
+    runs.command(folder, as_json=as_json)

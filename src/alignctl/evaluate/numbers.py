@@ -8,8 +8,8 @@ from typing import Literal
 
 import numpy
 
-from alignctl.evaluate import statistics
-from alignctl.evaluate.statistics import Interval
+from alignctl import statistics
+from alignctl.statistics import Interval
 
 Better = Literal["higher", "lower"] | None
 

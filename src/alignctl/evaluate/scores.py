@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy
 
-from alignctl.evaluate import statistics
+from alignctl import statistics
 
 
 def right(margins: numpy.ndarray) -> numpy.ndarray:

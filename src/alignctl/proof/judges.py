@@ -18,8 +18,7 @@ from typing import Literal, Protocol
 
 import numpy
 
-from alignctl import secrets
-from alignctl.evaluate import statistics
+from alignctl import secrets, statistics
 from alignctl.evaluate.numbers import Estimate
 from alignctl.evaluate.verdict import Voice
 from alignctl.formats import Message

@@ -23,6 +23,8 @@ from alignctl.train.ledger import FIRST, HELD_OUT, OVERWEIGHT, Ledger, Places, b
 from alignctl.train.tokens import Encoder
 
 PERCENTILES = (5, 50, 95, 99, 100)
+# Bars of a histogram of lengths.
+BINS = 40
 Ids = dict[str, list[int]]
 
 
@@ -112,6 +114,7 @@ class Rows:
             "duplicates": vars(self.duplicates()),
             "near_duplicates": vars(self.near_duplicates()),
             "tokens": {name.removesuffix("_ids"): _percentiles(values) for name, values in lengths.items()},
+            "lengths": _histogram({name.removesuffix("_ids"): values for name, values in lengths.items()}),
             "supervised_share": round(int(self.column("supervised").sum()) / total, 4),
             "fingerprint": self.fingerprint,
         }
@@ -157,6 +160,18 @@ def _repeated(values: numpy.ndarray) -> numpy.ndarray:
 
 def _percentiles(values: numpy.ndarray) -> dict[str, int]:
     return {f"p{p}": int(numpy.percentile(values, p)) for p in PERCENTILES}
+
+
+def _histogram(lengths: dict[str, numpy.ndarray]) -> dict[str, Any]:
+    """How many rows have how many tokens: counts between the same whole `edges` for every side, and the means."""
+    longest = max(int(values.max()) for values in lengths.values())
+    width = max(1, -(-longest // BINS))
+    edges = numpy.arange(0, longest + width + 1, width)
+    return {
+        "edges": edges.tolist(),
+        "counts": {side: numpy.histogram(values, edges)[0].tolist() for side, values in lengths.items()},
+        "mean": {side: round(float(values.mean()), 2) for side, values in lengths.items()},
+    }
 
 
 def _source(part: EncodedSource) -> dict[str, Any]:

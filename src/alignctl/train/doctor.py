@@ -10,8 +10,8 @@ import numpy
 import pyarrow.compute
 
 from alignctl import rundir
-from alignctl.evaluate.statistics import wilson
 from alignctl.recipe.schema import Recipe
+from alignctl.statistics import wilson
 from alignctl.train.data import Rows
 from alignctl.train.ledger import FIRST, Places
 from alignctl.train.tokenizer import template_hash

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from alignctl.drift import LIMIT as DRIFT
+from alignctl.drift import of_dpo as dpo_drift
 from alignctl.errors import Interrupted, Problem
 from alignctl.evaluate import generation
 from alignctl.evaluate.generation import Answer
@@ -26,7 +28,6 @@ LOSS_SCALE_SEARCH = 20
 LOOKS = (1, 10, 50)
 SAMPLES = 64
 MOVED = 0.5
-DRIFT = -0.3
 IN_A_ROW = 3
 LEAST_PAIRS = 12
 LN2 = math.log(2)
@@ -279,7 +280,7 @@ class Signs(TrainerCallback):
     def _drift(self, logs: dict[str, float], step: int) -> None:
         """For DPO against the reference, for ORPO against its first log line; log-probability a token."""
         if self._recipe.dpo is not None:
-            drift = logs["rewards/chosen"] / self._recipe.dpo.beta / self._tokens
+            drift = dpo_drift(logs["rewards/chosen"], self._recipe.dpo.beta, self._tokens)
         else:
             self._first = logs["logps/chosen"] if self._first is None else self._first
             drift = logs["logps/chosen"] - self._first

@@ -10,9 +10,9 @@ from alignctl import rundir
 from alignctl.evaluate import scores
 from alignctl.evaluate.generation import Answer
 from alignctl.evaluate.scores import PairScores
-from alignctl.evaluate.statistics import wilson
 from alignctl.recipe.schema import Recipe
 from alignctl.rundir import RunDir
+from alignctl.statistics import wilson
 from alignctl.train import facts, guards, heldout
 from alignctl.train.data import Rows
 from alignctl.train.gates import Gates

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy
 import pytest
 
-from alignctl.evaluate import scores, statistics
+from alignctl import statistics
+from alignctl.evaluate import scores
 
 
 @pytest.mark.parametrize(
