@@ -39,6 +39,11 @@ class Curve:
     note: str = ""
 
     @property
+    def noisy(self) -> bool:
+        """Whether a mean over neighbours tells more than the values."""
+        return self.key not in ("lr", "memory")
+
+    @property
     def alternative(self) -> str:
         """The plot in words."""
         said = [
@@ -213,9 +218,15 @@ def _machine() -> list[_Shape]:
             note="Single peaks are clipped and harmless; a rise that does not end is not.",
         ),
         _Shape("lr", "Learning rate", "learning rate", [("learning rate", _of("lr"))]),
-        _Shape("memory", "Peak memory", "GiB", [("device", _of("peak_memory_gib")), ("host", _of("peak_host_gib"))]),
+        _Shape("memory", "Peak memory", "GiB", [("device", _of("peak_memory_gib")), ("host", _host)]),
         _Shape("speed", "Throughput", "tokens a second", [("tokens a second", _of("tokens_per_second"))]),
     ]
+
+
+def _host(row: dict[str, Any]) -> float | None:
+    """Peak memory of the host where the device has a memory of its own."""
+    host = number(row.get("peak_host_gib"))
+    return None if host == number(row.get("peak_memory_gib")) else host
 
 
 def _line(run: Run, label: str, colour: int, pick: Pick, *, dots: bool = False) -> Line:

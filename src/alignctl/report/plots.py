@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from alignctl.report.curves import Curve, Line
@@ -56,7 +57,7 @@ def curve(shown: Curve) -> str:
         if shown.level is not None:
             axes.axhline(shown.level[0], color=_INK, linewidth=0.8, linestyle=(0, (2, 3)))
         for line in shown.lines:
-            _draw(axes, line)
+            _draw(axes, line, noisy=shown.noisy)
         return _svg(figure, shown.key, shown.alternative)
 
 
@@ -96,12 +97,12 @@ def _axes(key: str, below: str, beside: str) -> Iterator[tuple[Figure, Axes]]:
         yield figure, axes
 
 
-def _draw(axes: Axes, line: Line) -> None:
+def _draw(axes: Axes, line: Line, *, noisy: bool) -> None:
     colour, dashes = LINES[line.colour % len(LINES)], _DASHES[line.colour // len(LINES) % len(_DASHES)]
     if line.dots or len(line.values) == 1:
         axes.plot(line.steps, line.values, color=colour, marker="o", markersize=4, linewidth=1, linestyle=dashes)
         return
-    smooth = len(line.values) >= SMOOTHED
+    smooth = noisy and len(line.values) >= SMOOTHED
     faint: dict[str, Any] = {"alpha": 0.3, "linewidth": 0.8} if smooth else {}
     axes.plot(*extremes(line.steps, line.values), color=colour, linestyle="-" if smooth else dashes, **faint)
     if smooth:
@@ -122,12 +123,11 @@ def extremes(steps: list[float], values: list[float]) -> tuple[list[float], list
 
 
 def mean(values: list[float]) -> list[float]:
-    """The mean of each value and those before it, a fortieth of all at most."""
-    window, out, total = max(2, len(values) // 40), [], 0.0
-    for i, value in enumerate(values):
-        total += value - (values[i - window] if i >= window else 0.0)
-        out.append(total / min(i + 1, window))
-    return out
+    """The mean of each value and its neighbours, a fortieth of all."""
+    half = max(1, len(values) // 80)
+    sums = [0.0, *accumulate(values)]
+    ends = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
+    return [(sums[high] - sums[low]) / (high - low) for low, high in ends]
 
 
 def _svg(figure: Figure, key: str, alternative: str) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from alignctl.report.measures import Estimate
 
+# From here on three decimals say nothing.
+_LARGE = 100
 _FORMS = {"share": "{:.1%}", "nats": "{:.3f}", "tokens": "{:,.1f}", "ratio": "{:.2f}×"}
 _SIGNED = {"share": "{:+.1f} points", "nats": "{:+.3f}", "tokens": "{:+,.1f}", "ratio": "{:+.2f}"}
 
 
 def value(found: float, unit: str) -> str:
     """A number in its unit."""
-    return _FORMS.get(unit, "{:.4g}").format(found)
+    return _FORMS.get(unit, "{:.3f}" if abs(found) < _LARGE else "{:,.4g}").format(found)
 
 
 def estimate(found: Estimate | None, unit: str) -> str:
@@ -26,7 +28,7 @@ def difference(found: Estimate | None, unit: str) -> str:
     if found is None:
         return "–"
     scale = 100 if unit == "share" else 1
-    form = _SIGNED.get(unit, "{:+.4g}")
+    form = _SIGNED.get(unit, "{:+.3f}" if abs(found.value) < _LARGE else "{:+,.4g}")
     out = form.format(scale * found.value)
     if found.interval is not None:
         low, high = (form.removesuffix(" points").format(scale * end) for end in found.interval)
