@@ -66,7 +66,9 @@ def test_three_mistakes_at_once(tmp_path: Path, alignctl: Run) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["dpo", "--help"], ["recipes"], ["schema"], ["dpo", "bad.yaml"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["dpo", "--help"], ["recipes"], ["schema"], ["dpo", "bad.yaml"], ["runs", "."]]
+)
 def test_light_commands_never_import_torch(tmp_path: Path, arguments: list[str]) -> None:
     (tmp_path / "bad.yaml").write_text(BAD)
     code = (
@@ -74,7 +76,7 @@ def test_light_commands_never_import_torch(tmp_path: Path, arguments: list[str])
         "from alignctl.cli.main import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'trl', 'datasets', 'numpy'} & sys.modules.keys()\n"
+        "heavy = {'torch', 'transformers', 'trl', 'datasets', 'numpy', 'matplotlib'} & sys.modules.keys()\n"
         "print('HEAVY', sorted(heavy), file=sys.stderr)"
     )
     done = subprocess.run(
@@ -117,7 +119,16 @@ def test_every_recipe_smokes(tmp_path: Path, alignctl: Run, name: str) -> None:
     assert ("quantization" in recipe) == (load.load(catalog.find(name)).recipe.quantization is not None)
     assert "4-bit" in done.stdout if "quantization" in recipe else True
     made = {path.name for path in run.iterdir()}
-    assert made >= {"recipe.yaml", "run.json", "ledger.json", "metrics.jsonl", "checkpoints", "logs", "model"}
+    assert made >= {
+        "recipe.yaml",
+        "run.json",
+        "ledger.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "logs",
+        "model",
+        "report.html",
+    }
     assert made >= {"samples.jsonl", "summary.json"} and "model.writing" not in made and "stand-in" not in made
     model = {path.name for path in (run / "model").iterdir()}
     assert model >= {"README.md", "tokenizer.json", "chat_template.jinja", "generation_config.json"}

@@ -17,6 +17,7 @@ from alignctl.terminal import harmless
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from alignctl.report.comparison import Comparison, Set
 
@@ -71,13 +72,15 @@ def _show(found: Comparison) -> None:
         out.print(_text(f"note: {note}"))
     for each in found.sets:
         _numbers(out, found, each)
+        out.print()
     _section(out, "recipe", found.names, found.recipe or [("the same in every key", [""] * len(found.names))])
+    out.print()
     _section(out, "cost", found.names, [(row.label, row.texts) for row in found.cost])
     for each in found.sets:
         _answers(out, found.names, each)
 
 
-def _text(given: str, style: str = "") -> object:
+def _text(given: str, style: str = "") -> Text:
     from rich.text import Text
 
     return Text(harmless(given), style)
@@ -91,22 +94,23 @@ def _grid(*headings: str) -> Table:
 
 def _numbers(out: Console, found: Comparison, each: Set) -> None:
     """Numbers of every run, and paired differences from the first, with 95 % intervals."""
-    from alignctl.report import shown
+    from alignctl.report import display, shown
 
-    differences = [f"{name} − {found.names[0]}" for name in found.names[1:]]
-    table = _grid(f"{each.name}: {each.data}", "n", *found.names, *differences)
+    table = _grid(f"{each.name}: {each.data}", "run", "value", f"from {found.names[0]}", "")
     for row in each.rows:
-        cells = [shown.estimate(value, row.unit) for value in row.values]
-        for verdict, value in zip(row.verdicts, row.differences, strict=True):
-            cells.append(shown.difference(value, row.unit) + (f"\n{verdict}" if verdict else ""))
-        table.add_row(row.label, str(row.n), *map(harmless, cells))
+        differences = ["", *(shown.difference(value, row.unit) for value in row.differences)]
+        for i, name in enumerate(found.names):
+            verdict = ["", *row.verdicts][i]
+            label = f"{row.label} (n = {row.n})" if i == 0 else ""
+            cells = [label, name, shown.estimate(row.values[i], row.unit), differences[i]]
+            table.add_row(*map(_text, cells), _text(verdict, display.STYLES.get(verdict, "")))
     out.print(table)
 
 
 def _section(out: Console, heading: str, names: list[str], rows: Iterable[tuple[str, list[str]]]) -> None:
     table = _grid(heading, *names)
     for label, values in rows:
-        table.add_row(_text(label), *map(_text, values))  # type: ignore[arg-type]
+        table.add_row(_text(label), *map(_text, values))
     out.print(table)
 
 
@@ -119,5 +123,5 @@ def _answers(out: Console, names: list[str], each: Set) -> None:
         table.show_header = False
         for name, reply in zip(names, asked.replies, strict=True):
             text = " ".join(reply.text.split())
-            table.add_row(_text(name, "bold"), _text(text if len(text) <= LONGEST else text[:LONGEST] + "…"))  # type: ignore[arg-type]
+            table.add_row(_text(name, "bold"), _text(text if len(text) <= LONGEST else text[:LONGEST] + "…"))
         out.print(table)

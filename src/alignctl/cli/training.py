@@ -15,6 +15,7 @@ from alignctl.errors import Interrupted, Problem, RecipeError
 from alignctl.recipe import catalog, tree
 from alignctl.recipe.load import Loaded, load
 from alignctl.rundir import RunDir, now
+from alignctl.terminal import harmless
 
 
 def command(
@@ -91,9 +92,19 @@ def _recorded(run: RunDir) -> Iterator[None]:
         stopped = _with_way_out(cause, run) if isinstance(cause, Interrupted) else None
         with contextlib.suppress(OSError):  # on a full disk the first error is the one to tell
             run.update(status="interrupted" if stopped else "failed", why=str(stopped or cause), ended=now())
+        with contextlib.suppress(Interrupted):  # a second signal: the page is what can be left out
+            _report(run)
         if stopped is not None:
             raise stopped from error
         raise
+
+
+def _report(run: RunDir) -> None:
+    """The page of a run that did not end well, where there is a log to show."""
+    if (run / "metrics.jsonl").is_file():
+        from alignctl.report import html
+
+        print(harmless(html.made(run.path)))
 
 
 def _with_way_out(stopped: Interrupted, run: RunDir) -> Interrupted:

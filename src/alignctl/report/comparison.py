@@ -14,7 +14,7 @@ from alignctl.report.answers import ROOM, Asked, Reply, fitted
 from alignctl.report.gather import Run, gather
 from alignctl.report.heldout import Measured, Replied
 from alignctl.report.measures import HELD_OUT, Estimate
-from alignctl.report.values import dig, number, text
+from alignctl.report.values import dig, number, table, text
 
 Columns = dict[str, list[float]]
 
@@ -137,8 +137,15 @@ def _flat(values: dict[str, Any], above: str = "") -> dict[str, str]:
         elif isinstance(value, list) and any(isinstance(each, dict) for each in value):
             out |= _flat({str(i): each for i, each in enumerate(value)}, f"{above}{key}.")
         else:
-            out[f"{above}{key}"] = text(value) if value is not None else "null"
+            out[f"{above}{key}"] = _yaml(value)
     return out
+
+
+def _yaml(value: object) -> str:
+    """A value as a recipe spells it."""
+    if value is None:
+        return "null"
+    return text(value).lower() if isinstance(value, bool) else text(value)
 
 
 # --- held-out rows ---------------------------------------------------------------------------------------------------
@@ -372,7 +379,7 @@ def _last(run: Run, key: str) -> float | None:
 
 def _tokens(run: Run) -> float | None:
     """Tokens of the rows that were trained on, a prompt counted once: the ledger's mean row times the rows seen."""
-    means = [number(mean) for mean in (dig(run.ledger, "train", "lengths", "mean") or {}).values()]
+    means = [number(mean) for mean in table(dig(run.ledger, "train", "lengths", "mean")).values()]
     rows, epochs = number(dig(run.record, "data", "train", "rows")), _last(run, "epoch")
     if not means or None in means or rows is None or epochs is None:
         return None

@@ -33,6 +33,18 @@ def write(folder: Path) -> Path:
     return folder / NAME
 
 
+def made(folder: Path) -> str:
+    """Write the page at the end of a run, and say in one line where it is, or why there is none.
+
+    Whatever goes wrong with a page, the run has ended as it has.
+    """
+    try:
+        return f"report: {write(folder)}"
+    except Exception as error:  # noqa: BLE001 (see above)
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        return f"no report was made: {said} — alignctl report {folder} tries again"
+
+
 def page(run: Run) -> str:
     """The page of one run."""
     measured = measures.evaluations(run)
@@ -52,7 +64,7 @@ def page(run: Run) -> str:
         evaluations=measured,
         answers=answers.answers(run, measured),
         memory=view.memory(run),
-        recipe=_yaml(run.recipe_text),
+        recipe=_yaml(run.recipe_text) if run.recipe_text else None,
         commands=view.commands(run),
         pins=view.pins(run),
     )

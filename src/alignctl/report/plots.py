@@ -10,6 +10,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from alignctl.report.curves import Curve, Line
+from alignctl.terminal import harmless
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -145,6 +146,6 @@ def _svg(figure: Figure, key: str, alternative: str) -> str:
     text = re.sub(r'(url\(#|href="#)', rf"\g<1>{key}-", text)
     for sentinel, variable in _VARIABLES.items():
         text = text.replace(sentinel, variable)
-    opening = f'<svg role="img" aria-label="{escape(alternative)}" '
+    opening = f'<svg role="img" aria-label="{escape(harmless(alternative))}" '
     text = re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*"', r"\1", text, count=1)
     return text.replace("<svg ", opening, 1).strip()

@@ -88,9 +88,9 @@ def cards(run: Run, evaluations: list[Evaluation]) -> list[Card]:
     """The numbers that a reader asks for first."""
     found = [] if not evaluations else [evaluations[0].find(name) for name in _CARDS]
     out = [_card(measure) for measure in found if measure is not None and measure.tuned is not None]
-    steps = [number(row.get("step")) for row in run.metrics if "loss" in row]
+    steps = [step for row in run.metrics if "loss" in row and (step := number(row.get("step"))) is not None]
     if steps:
-        out.append(Card("steps", f"{steps[-1]:,.0f}", _planned_steps(run)))
+        out.append(Card("steps", f"{steps[-1]:,.0f}", _rows(run)))
     seconds = number(run.record.get("seconds"))
     if seconds is not None:
         out.append(Card("time", shown.duration(seconds), _speed(run)))
@@ -110,7 +110,7 @@ def _card(measure: Measure) -> Card:
     return Card(measure.label, shown.value(measure.tuned.value, measure.unit), " · ".join(detail))
 
 
-def _planned_steps(run: Run) -> str:
+def _rows(run: Run) -> str:
     kept = number(dig(run.record, "data", "train", "rows"))
     return "" if kept is None else f"{kept:,.0f} training rows"
 

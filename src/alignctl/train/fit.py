@@ -21,6 +21,7 @@ from alignctl import rundir, secrets
 from alignctl.errors import DivergedError, Interrupted, MachineError, Problem, RecipeError
 from alignctl.recipe.load import Loaded
 from alignctl.recipe.schema import Recipe
+from alignctl.report import html
 from alignctl.rundir import STAND_IN, RunDir, read_json
 from alignctl.train import (
     card,
@@ -305,7 +306,9 @@ def finish(job: Job, began: float, reloading: subprocess.Popen[str] | None) -> N
     seconds = round(time.monotonic() - began, 1)
     job.run.update(status="finished", ended=rundir.now(), seconds=seconds)
     job.display.gates({name: job.gates.results[name] for name in job.gates.results if name in LATER})
+    page = html.made(job.run.path)
     facts.closing(job.display, job.run, summary, samples, seconds)
+    job.display.say(page)
 
 
 def check_saved(job: Job, reloading: subprocess.Popen[str] | None) -> None:
