@@ -19,7 +19,8 @@ from alignctl.report.comparison import compare
 MakeRun = Callable[..., Path]
 HOSTILE = (
     "<script>window.broken = 1</script></script><img src=x onerror='window.broken = 1'>"
-    '</style></title></textarea><!-- \x1b[31mred\x1b[0m \u202eodd\u2066 {{ 7 * 7 }} ${7} " onmouseover="window.broken = 1'
+    "</style></title></textarea><!-- \x1b[31mred\x1b[0m \u202eodd\u2066 {{ 7 * 7 }} "
+    '${7} " onmouseover="window.broken = 1'
 )
 
 
@@ -60,7 +61,7 @@ def _poison(value: Any, key: str = "") -> Any:
 
 def check(browser: Any, page: Path, width: int, *, dark: bool) -> None:
     """The page is loaded at once, alone, without a word on the console, and is no wider than the window."""
-    assert browser.open(page, width, dark=dark) < 1.0
+    assert min(browser.open(page, width, dark=dark) for _ in range(3)) < 1.0  # the machine has other work, too
     assert browser.complaints() == []
     assert [url for url in browser.requests() if not url.startswith("data:")] == [page.resolve().as_uri()]
     assert browser.ask("document.documentElement.scrollWidth <= innerWidth")
@@ -79,24 +80,30 @@ def test_a_finished_run(make_run: MakeRun, browser: Any, width: int, dark: bool)
     assert columns == (2 if width > 600 else 1)
 
 
+LIGHT = """(text => {
+  const [r, g, b] = text.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255)
+    .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+})"""
+
+
 def contrast(browser: Any, what: str, on: str) -> float:
     """WCAG's contrast of the colour of `what` on the background of `on`."""
-    light = """(text => { const [r, g, b] = text.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255)
-      .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; })"""
-    front = browser.ask(f"{light}(getComputedStyle(document.querySelector({what!r})).color)")
-    back = browser.ask(f"{light}(getComputedStyle(document.querySelector({on!r})).backgroundColor)")
-    high, low = max(front, back), min(front, back)
-    return (high + 0.05) / (low + 0.05)
+    front = browser.ask(f"{LIGHT}(getComputedStyle(document.querySelector({what!r})).color)")
+    back = browser.ask(f"{LIGHT}(getComputedStyle(document.querySelector({on!r})).backgroundColor)")
+    return (max(front, back) + 0.05) / (min(front, back) + 0.05)
 
 
 @pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize(
-    ("what", "on"),
-    [("h1", "body"), (".note", "body"), (".banner strong", ".banner"), ("figcaption", "figure"), (".tag", "article")],
-)
-def test_colours_can_be_read(make_run: MakeRun, browser: Any, dark: bool, what: str, on: str) -> None:
+def test_colours_can_be_read(make_run: MakeRun, browser: Any, dark: bool) -> None:
     browser.open(html.write(make_run(answers=12)), dark=dark)
-    assert contrast(browser, what, on) >= 4.5
+    places = [("h1", "body"), (".note", "body"), ("figcaption", "figure"), (".tag", "article"), ("pre .nt", "pre")]
+    found = {what: contrast(browser, what, on) for what, on in places}
+    for tone in ("good", "fair", "bad"):
+        browser.ask(f"document.querySelector('.banner').className = 'banner {tone}'")
+        found[tone] = contrast(browser, ".banner strong", ".banner")
+        found[f"{tone} reason"] = contrast(browser, ".banner p", ".banner")
+    assert {name: value for name, value in found.items() if value < 4.5} == {}
 
 
 def test_search_and_filter(make_run: MakeRun, browser: Any) -> None:
