@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from alignctl.errors import Interrupted, Problem
 from alignctl.report import html
 
 Train = Callable[..., Any]
@@ -55,15 +56,18 @@ def test_a_run_that_failed_before_its_first_step_has_none(train: Train) -> None:
     assert "report" not in ran.out
 
 
-def test_a_page_that_cannot_be_made_leaves_the_run_finished(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fault", [ZeroDivisionError("planted"), Interrupted(2, Problem("run", "planted"))])
+def test_a_page_that_cannot_be_made_leaves_the_run_finished(
+    train: Train, monkeypatch: pytest.MonkeyPatch, fault: BaseException
+) -> None:
     def broken(*given: object) -> str:
-        raise ZeroDivisionError("planted")
+        raise fault
 
     monkeypatch.setattr(html, "page", broken)
     ran = train()
     assert (ran.code, ran.record["status"]) == (0, "finished")
     assert "alignctl: " not in ran.err
-    assert ran.out.splitlines()[-1] == (
-        "no report was made: ZeroDivisionError: planted — alignctl report run tries again"
-    )
+    last = ran.out.splitlines()[-1]
+    assert last.startswith(f"no report was made: {type(fault).__name__}: ")
+    assert last.endswith("planted — alignctl report run tries again")
     assert not list(ran.folder.glob("report*"))

@@ -92,8 +92,7 @@ def _recorded(run: RunDir) -> Iterator[None]:
         stopped = _with_way_out(cause, run) if isinstance(cause, Interrupted) else None
         with contextlib.suppress(OSError):  # on a full disk the first error is the one to tell
             run.update(status="interrupted" if stopped else "failed", why=str(stopped or cause), ended=now())
-        with contextlib.suppress(Interrupted):  # a second signal: the page is what can be left out
-            _report(run)
+        _report(run)
         if stopped is not None:
             raise stopped from error
         raise

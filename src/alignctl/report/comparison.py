@@ -118,9 +118,6 @@ def _notes(runs: list[Run], names: list[str]) -> list[str]:
     return notes
 
 
-# --- recipes ---------------------------------------------------------------------------------------------------------
-
-
 def recipes(runs: list[Run]) -> list[tuple[str, list[str]]]:
     """The keys in which the recipes differ, dotted, with the value of each run; a dash where it has no such key."""
     flat = [_flat(run.recipe) for run in runs]
@@ -146,9 +143,6 @@ def _yaml(value: object) -> str:
     if value is None:
         return "null"
     return text(value).lower() if isinstance(value, bool) else text(value)
-
-
-# --- held-out rows ---------------------------------------------------------------------------------------------------
 
 
 def _sets(runs: list[Run], names: list[str]) -> list[Set]:
@@ -304,9 +298,6 @@ def _verdict(difference: Estimate | None, better: str | None) -> str:
     return verdict((low, high) if better == "higher" else (-high, -low))
 
 
-# --- answers ---------------------------------------------------------------------------------------------------------
-
-
 def _answer_rows(replies: list[dict[str, Replied]]) -> list[Row]:
     """Length and end of the answers to the prompts that all runs were asked."""
     prompts = _shared_prompts(replies)
@@ -347,9 +338,6 @@ def _answers(replies: list[dict[str, Replied]], runs: list[Run]) -> list[Asked]:
         for prompt in _shared_prompts(replies)
     ]
     return fitted(found, ROOM)
-
-
-# --- cost ------------------------------------------------------------------------------------------------------------
 
 
 def _cost(runs: list[Run]) -> list[Cost]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignctl import __version__, rundir
+from alignctl.errors import Interrupted
 from alignctl.report import answers, curves, measures, plots, shown, view
 from alignctl.report.comparison import Comparison
 from alignctl.report.gather import Run, gather
@@ -36,11 +37,11 @@ def write(folder: Path) -> Path:
 def made(folder: Path) -> str:
     """Write the page at the end of a run, and say in one line where it is, or why there is none.
 
-    Whatever goes wrong with a page, the run has ended as it has.
+    Whatever goes wrong with a page, a signal included, the run has ended as it has.
     """
     try:
         return f"report: {write(folder)}"
-    except Exception as error:  # noqa: BLE001 (see above)
+    except (Exception, Interrupted) as error:  # noqa: BLE001 (see above)
         said = " ".join(f"{type(error).__name__}: {error}".split())
         return f"no report was made: {said} — alignctl report {folder} tries again"
 

@@ -145,10 +145,10 @@ def _own(run: Run) -> Evaluation:
     measures += _of_answers(table(summary.get("samples")))
     kept = number(dig(run.ledger, "eval", "kept"))
     data = "" if kept is None else f"{int(kept):,} rows held out"
-    return Evaluation(HELD_OUT, text(summary.get("verdict")), reason(summary), data, measures=measures)
+    return Evaluation(HELD_OUT, text(summary.get("verdict")), _reason(summary), data, measures=measures)
 
 
-def reason(summary: dict[str, Any]) -> str:
+def _reason(summary: dict[str, Any]) -> str:
     """Why summary.json's verdict is what it is."""
     difference, spread = number(summary.get("difference")), interval(summary.get("difference_interval"))
     if difference is None or spread is None:
