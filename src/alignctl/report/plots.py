@@ -34,6 +34,7 @@ _SETTINGS: Any = {
     "text.parse_math": False,
     "axes.edgecolor": _GRID,
     "axes.labelcolor": _INK,
+    "axes.labelpad": 6,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.formatter.use_mathtext": False,
