@@ -73,6 +73,38 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     write_parts(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add one line to `path`, whole or not at all, and wait until it is on the disk.
+
+    Raises:
+        RecipeError: the file cannot be written.
+        MachineError: the disk is full.
+    """
+    line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    try:
+        with path.open("a+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            if end and _last_byte(file) != b"\n":
+                line = b"\n" + line
+            try:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                os.ftruncate(file.fileno(), end)
+                raise
+    except OSError as error:
+        if error.errno in _FULL:
+            raise MachineError(Problem(str(path), "the disk is full", "free space, then save again")) from error
+        what = f"cannot be written: {error.strerror or error}"
+        raise RecipeError(Problem(str(path), what, "name another file")) from error
+
+
+def _last_byte(file: BinaryIO) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in `path`; empty when there is no such file."""
     if not path.is_file():

@@ -170,6 +170,35 @@ def evaluate(
     )
 
 
+@app.command()
+def chat(
+    run: Run,
+    base: Annotated[bool, typer.Option("--base", help="Talk to what training started from.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Both answer: the base, then the tuned model.")] = False,
+    system: Annotated[str, typer.Option("--system", metavar="TEXT", help="The system message.")] = "",
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="Of sampling; 0 is greedy.")] = 0.7,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 512,
+    seed: Annotated[int | None, typer.Option("--seed", help="The same answers again.")] = None,
+    save: Annotated[
+        Path | None, typer.Option("--save", metavar="FILE", help="Where /save adds pairs; RUN/preferences.jsonl.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Talk to a run's model, beside its base if you like, and keep pairs of answers for another `alignctl dpo`."""
+    from alignctl.cli import chat
+
+    chat.command(
+        run,
+        base=base,
+        compare=compare,
+        system=system,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        save=save,
+    )
+
+
 @recipes.callback()
 def list_recipes(context: typer.Context) -> None:
     """List the built-in recipes."""

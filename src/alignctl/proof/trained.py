@@ -53,15 +53,18 @@ class Trained:
         """What training started from, in a word: a parent run or adapter, or the base."""
         return self.recipe.model.adapter or self.recipe.model.name_or_path
 
-    def load(self) -> Models:
+    def load(self, *, start: bool = True) -> Models:
         """The trained model and the one that training started from.
+
+        Where all weights were trained these are two, and without `start` the first is loaded alone.
 
         Raises:
             MachineError: the base is not there any more, or is another one than in training.
         """
-        base = _base(self)
         if not self.recipe.trains_adapter:
-            return Models(self._ready(self.whole()), self._ready(base))
+            other = self._ready(_base(self)) if start else None
+            return Models(self._ready(self.whole()), other)
+        base = _base(self)
         parent = models.adapter_folder(self.recipe)
         tuned = PeftModel.from_pretrained(base, self.model_folder)
         if parent is not None:

@@ -270,7 +270,7 @@ def pair(encoder: Encoder, row: Canonical, limit: Limit) -> Asking:
             if limit.overlong == "truncate_completion":
                 sides, cut = _cut(prompt_ids, sides, limit), ANSWER_CUT
                 break
-        prompt, cut = _without_oldest(prompt, limit), PROMPT_CUT
+        prompt, cut = without_oldest(prompt, limit), PROMPT_CUT
     if sides[0] == sides[1]:
         raise Dropped(ALIKE_WITHIN if cut == ANSWER_CUT else "chosen equals rejected")
     return Encoded({"prompt_ids": prompt_ids, "chosen_ids": sides[0], "rejected_ids": sides[1]}, cut)
@@ -299,7 +299,7 @@ def _cut(prompt_ids: Ids, sides: list[Ids], limit: Limit) -> list[Ids]:
     return [side[:room] for side in sides]
 
 
-def _without_oldest(messages: list[Message], limit: Limit) -> list[Message]:
+def without_oldest(messages: list[Message], limit: Limit) -> list[Message]:
     """`messages` without their oldest question and answer; a system message stays.
 
     Raises:
@@ -331,7 +331,7 @@ def dialogue(encoder: Encoder, row: Canonical, limit: Limit) -> Asking:
         if limit.overlong == "truncate_completion":
             ids, labels, cut = _cut_off(ids, labels, limit)
             break
-        messages, cut = _without_oldest(messages, limit), PROMPT_CUT
+        messages, cut = without_oldest(messages, limit), PROMPT_CUT
     return Encoded({"input_ids": ids, "labels": labels}, cut)
 
 
