@@ -26,11 +26,10 @@ def libraries(log: Path) -> Iterator[TextIO]:
     """Send this process's stdout and stderr to `log`; yields a stream that still reaches the user's stdout.
 
     The file descriptors themselves are turned, so that output of compiled code and of child processes goes there too.
-    At the end the secrets in it are hidden. TensorBoard's files belong beside it, wherever it was told to write.
+    At the end the secrets in it are hidden.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(log.parent / "tensorboard")
     sys.stdout.flush()
     sys.stderr.flush()
     kept = [os.dup(1), os.dup(2)]

@@ -24,47 +24,12 @@ def complaints(err: str) -> list[str]:
 # 6: where a run writes.
 
 
-def test_tensorboard_writes_into_the_run_folder(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    packages = tmp_path / "packages"
-    (packages / "tensorboard").mkdir(parents=True)
-    (packages / "tensorboard" / "__init__.py").write_text("__version__ = '0'\n", encoding="utf-8")
-    (packages / "tensorboardX.py").write_text(WRITER, encoding="utf-8")
-    monkeypatch.syspath_prepend(str(packages))
-    monkeypatch.setattr(transformers.integrations.integration_utils, "is_tensorboard_available", lambda: True)
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "elsewhere"))
-    ran = train(logging={"report_to": "tensorboard"})
-    assert ran.code == 0, ran.err
-    assert (ran.folder / "logs" / "tensorboard" / "events").is_file()
-    assert not (tmp_path / "elsewhere").exists()
-
-
 def test_no_model_of_the_hub_is_asked_to_be_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without safetensors, transformers asks a service to open a pull request in the model's repository."""
     monkeypatch.delenv("DISABLE_SAFETENSORS_CONVERSION", raising=False)
     with quiet.libraries(tmp_path / "libraries.log"):
         assert transformers.utils.import_utils.is_env_variable_true("DISABLE_SAFETENSORS_CONVERSION")
     assert '"DISABLE_SAFETENSORS_CONVERSION"' in inspect.getsource(transformers.modeling_utils)
-
-
-WRITER = """
-from pathlib import Path
-
-
-class SummaryWriter:
-    def __init__(self, log_dir):
-        Path(log_dir).mkdir(parents=True)
-        self.file = Path(log_dir) / "events"
-
-    def add_text(self, *given):
-        self.file.touch()
-
-    add_scalar = add_text
-
-    def flush(self):
-        pass
-
-    close = flush
-"""
 
 
 # 8: the folder of a run.

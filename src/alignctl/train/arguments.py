@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from alignctl.errors import MachineError, Problem, RecipeError
+from alignctl.errors import Problem, RecipeError
 from alignctl.recipe.schema import Recipe
 from alignctl.train.machine import Machine
 
@@ -50,7 +49,7 @@ def common(recipe: Recipe, machine: Machine, precision: torch.dtype, run: Path) 
         "use_cpu": machine.kind == "cpu",
         "bf16": precision == torch.bfloat16,
         "fp16": precision == torch.float16,
-        "report_to": tracker(recipe),
+        "report_to": "none",  # train/trackers.py does that
         "run_name": run.name,
         "include_num_input_tokens_seen": "non_padding",
         "logging_nan_inf_filter": False,
@@ -98,15 +97,3 @@ def checkpointing(recipe: Recipe, machine: Machine) -> bool:
     """Whether activations are recomputed."""
     wanted = recipe.training.gradient_checkpointing
     return machine.kind == "cuda" if wanted == "auto" else wanted
-
-
-def tracker(recipe: Recipe) -> str:
-    """The tracker.
-
-    Raises:
-        MachineError: it is not installed.
-    """
-    name = recipe.logging.report_to
-    if name not in ("none",) and importlib.util.find_spec(name) is None:
-        raise MachineError(Problem("logging.report_to", f"{name} is not installed", f"pip install {name}"))
-    return name

@@ -39,6 +39,7 @@ from alignctl.train import (
     reference,
     sft,
     standin,
+    trackers,
     trl_seam,
     verify,
 )
@@ -52,6 +53,7 @@ from alignctl.train.parts import engine as engine_of
 from alignctl.train.preflight import Built
 from alignctl.train.record import NOTE, Checkpoints, Metrics, flush
 from alignctl.train.tokenizer import load_encoder
+from alignctl.train.trackers import Tracking
 from alignctl.train.translate import refused, translated
 
 BUILD: dict[str, Callable[[Recipe, Parts], Trainer]] = {"sft": sft.build, "dpo": dpo.build, "orpo": orpo.build}
@@ -99,11 +101,18 @@ def fit(loaded: Loaded, run: RunDir, display: Display, *, smoke: bool, resume: P
     signals = Signals()
     began = time.monotonic()
     with signals.caught(), translated(run):
+        trackers.check(loaded.recipe)
         job = assemble(loaded, run, display, smoke=smoke, resume=resume)
-        train(job, signals, resume)
-        with verify.begin(run) if job.gates.on("reload") else contextlib.nullcontext() as reloading:
-            measure_after(job)
-            finish(job, began, reloading)
+        with trackers.tracking(job.recipe, run, display.say, _step(resume)) as tracker:
+            train(job, signals, resume, tracker)
+            with verify.begin(run) if job.gates.on("reload") else contextlib.nullcontext() as reloading:
+                measure_after(job)
+                tracker.held_out(run, "after", job.trainer.state.global_step)
+                finish(job, began, reloading)
+
+
+def _step(checkpoint: Path | None) -> int | None:
+    return None if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
 
 
 def assemble(loaded: Loaded, run: RunDir, display: Display, *, smoke: bool, resume: Path | None = None) -> Job:
@@ -225,19 +234,21 @@ def _computable(recipe: Recipe, where: machine.Machine) -> Recipe:
     return recipe
 
 
-def train(job: Job, signals: Signals, resume: Path | None) -> None:
-    """Measure, and train.
+def train(job: Job, signals: Signals, resume: Path | None, tracker: Tracking) -> None:
+    """Measure, and train; `tracker` is told.
 
     Raises:
         Interrupted: a signal came; the checkpoint is saved.
     """
     checkpoints = Checkpoints(job.run, job.recipe.training.save_total_limit)
-    shown = Metrics(job.run, job.parts.machine, len(job.train), job.display.step)
+    shown = Metrics(job.run, job.parts.machine, len(job.train), job.display.step, tracker.row)
     watching = guards.callbacks(job.trainer, job.recipe, job.train, job.gates)
     if resume is not None and job.gates.on("resume"):
         watching.append(guards.Resumed(read_json(resume / NOTE), job.gates))
     job.measure("before")
     _ask_labels(job)
+    if resume is None:
+        tracker.held_out(job.run, "before", 0)
     if job.eval is not None:
         watching += _probe(job, job.eval)
     else:

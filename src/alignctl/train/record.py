@@ -32,10 +32,17 @@ _LEFT_OUT = (
 
 
 class Metrics(TrainerCallback):
-    """One line of metrics.jsonl a log step, and the same to `show`."""
+    """One line of metrics.jsonl a log step, and the same to `show` and `track`."""
 
-    def __init__(self, run: RunDir, machine: Machine, rows: int, show: Callable[[dict[str, Any], int], None]) -> None:
-        self.run, self.machine, self.rows, self.show = run, machine, rows, show
+    def __init__(
+        self,
+        run: RunDir,
+        machine: Machine,
+        rows: int,
+        show: Callable[[dict[str, Any], int], None],
+        track: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.run, self.machine, self.rows, self.show, self.track = run, machine, rows, show, track
         self._last = (0.0, 0.0, 0.0)
         self._start = (0.0, 0)
 
@@ -59,6 +66,7 @@ class Metrics(TrainerCallback):
             row |= self._speed(state)
         self.run.append_metrics(row)
         self.show(row, state.max_steps)
+        self.track(row)
 
     def _speed(self, state: TrainerState) -> dict[str, float]:
         now, epoch, tokens = time.monotonic(), state.epoch or 0.0, float(state.num_input_tokens_seen)
