@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 from weakref import WeakSet
@@ -82,13 +83,13 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
     """
     line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
     try:
-        with path.open("a+b") as file:
+        with path.open("a+b", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
             if end and _last_byte(file) != b"\n":
                 line = b"\n" + line
             try:
-                file.write(line)
-                file.flush()
+                while line:
+                    line = line[file.write(line) :]
                 os.fsync(file.fileno())
             except OSError:
                 os.ftruncate(file.fileno(), end)
@@ -100,7 +101,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         raise RecipeError(Problem(str(path), what, "name another file")) from error
 
 
-def _last_byte(file: BinaryIO) -> bytes:
+def _last_byte(file: FileIO) -> bytes:
     file.seek(-1, os.SEEK_END)
     return file.read(1)
 

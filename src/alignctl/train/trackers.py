@@ -118,6 +118,8 @@ class Wandb:
 class Mlflow:
     """An MLflow run: in a database of the run, or where `MLFLOW_TRACKING_URI` points."""
 
+    MOST = 100  # parameters that MLflow takes at once
+
     def __init__(self, run: RunDir, config: Values, resumed: int | None) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         import mlflow
@@ -131,8 +133,9 @@ class Mlflow:
         before = run.record.get("tracker", {}).get("id") if resumed is not None else None
         self.id = mlflow.start_run(run_id=before, run_name=run.path.name).info.run_id
         self._mlflow = mlflow
-        if before is None:
-            mlflow.log_params(_flat(config))
+        params = list(_flat(config).items()) if before is None else []
+        for start in range(0, len(params), self.MOST):
+            mlflow.log_params(dict(params[start : start + self.MOST]))
 
     def log(self, numbers: dict[str, float], step: int) -> None:
         self._mlflow.log_metrics(numbers, step=step)
