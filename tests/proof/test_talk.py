@@ -18,7 +18,7 @@ from alignctl.errors import MachineError, Problem, RecipeError
 from alignctl.formats import Message
 from alignctl.proof.chat import Reply, Session
 from alignctl.proof.speaker import Question
-from alignctl.proof.talk import Screen, Talk, interruptible
+from alignctl.proof.talk import Line, Screen, Talk, interruptible
 
 
 @dataclass
@@ -154,6 +154,22 @@ def test_what_a_model_writes_does_not_steer_the_terminal(talk: Callable[..., Ran
     bare = ran.out.replace("\x1b[1;36m", "").replace("\x1b[1m", "").replace("\x1b[2m", "").replace("\x1b[0m", "")
     assert not set(bare) & {"\x1b", "\x07", "\x9b", "\r", "\u202e"}
     assert "a�]0;owned�b�[31mc�2Jd�e�f" in bare
+
+
+@pytest.mark.parametrize(
+    ("pieces", "shown"),
+    [
+        (["one ", "two ", "three"], "one two\nthree"),  # 7 of 9 columns, and 6 more
+        (["one two ", "t"], "one two t"),  # 9 of 9
+        (["a\n", "  b\n\n", "c "], "a\n  b\n\nc"),
+        (["longer than ", "nine"], "longer\nthan nine"),
+        (["x ", "unbreakable ", "y"], "x\nunbreakable\ny"),
+        (["茶茶茶茶 ", "茶"], "茶茶茶茶\n茶"),  # two columns each
+    ],
+)
+def test_lines_break_between_words(pieces: list[str], shown: str) -> None:
+    line = Line(9)
+    assert "".join(map(line.fit, pieces)) == shown
 
 
 def test_pairs_are_added_line_by_line(talk: Callable[..., Ran], tmp_path: Path) -> None:

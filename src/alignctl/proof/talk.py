@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TextIO
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
@@ -23,6 +26,32 @@ from alignctl.terminal import harmless
 from alignctl.train.translate import translated
 
 
+@dataclass
+class Line:
+    """Breaks text that comes in pieces between words, at `width` columns of a terminal."""
+
+    width: int
+    column: int = 0
+    blanks: str = ""
+
+    def fit(self, text: str) -> str:
+        """`text`; the blanks at its end wait for the next word, which may begin a line."""
+        out = ""
+        for part in re.findall(r"\n|[^\S\n]+|\S+", text):
+            if part.isspace() and part != "\n":
+                self.blanks += part
+                continue
+            size = cell_len(self.blanks + part)
+            if part == "\n" or (self.column and self.column + size > self.width):
+                out += "\n" + part.strip()
+                self.column = cell_len(part.strip())
+            else:
+                out += self.blanks + part
+                self.column += size
+            self.blanks = ""
+        return out
+
+
 class Screen:
     """Answers go to `out`. What is said about them goes there too in a terminal, and to `err` on a pipe."""
 
@@ -30,7 +59,7 @@ class Screen:
         self.terminal = terminal
         self.out = Console(file=out, highlight=False, soft_wrap=True)
         self.err = self.out if terminal else Console(file=err, highlight=False, soft_wrap=True)
-        self._begun = False
+        self._begun, self._line = False, Line(self.out.width)
 
     def note(self, line: str) -> None:
         """One line about the chat."""
@@ -38,19 +67,18 @@ class Screen:
 
     def heading(self, name: str) -> None:
         """Whose answer follows."""
-        self._begun = False
         self.out.print(Text(harmless(name), style="bold cyan"))
 
     def piece(self, text: str) -> None:
         """The next piece of an answer, without the white space that it may begin with."""
         text = text if self._begun else text.lstrip()
         self._begun = self._begun or bool(text)
-        self.out.file.write(harmless(text))
+        self.out.file.write(self._line.fit(harmless(text)) if self.terminal else harmless(text))
         self.out.file.flush()
 
     def end(self) -> None:
         """Behind an answer."""
-        self._begun = False
+        self._begun, self._line = False, Line(self.out.width)
         self.out.print("\n" if self.terminal else "")
 
     def message(self, role: str, content: str) -> None:

@@ -260,7 +260,7 @@ class Logging(Section):
     """Experiment trackers."""
 
     report_to: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"] = Field(
-        "none", description="A tracker that is installed and set up."
+        "none", description="A tracker that is installed (docs/trackers.md)."
     )
 
 

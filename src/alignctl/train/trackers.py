@@ -72,16 +72,16 @@ class Trackio:
         project = os.environ.get("TRACKIO_PROJECT", PROJECT)
         self.look = f"TRACKIO_DIR={folder} trackio show --project {project}"
         resume = "never" if resumed is None else "allow"
-        self._run = trackio.init(project, run.path.name, config=config, resume=resume, embed=False)
-        self._text = trackio.Markdown
+        trackio.init(project, run.path.name, config=config, resume=resume, embed=False)
+        self._trackio = trackio
 
     def log(self, numbers: dict[str, float], step: int) -> None:
-        self._run.log(numbers, step=step)
+        self._trackio.log(numbers, step=step)
 
     def close(self, texts: dict[str, str], *, failed: bool) -> None:
         said = "\n".join(f"- {name}: {text}" for name, text in texts.items())
-        self._run.log({"outcome": self._text(said)})
-        self._run.finish()
+        self._trackio.log({"outcome": self._trackio.Markdown(said)})
+        self._trackio.finish()
 
 
 class Wandb:
