@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sqlite3
@@ -60,6 +61,19 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     rundir.write_text(run / "recipe.yaml", load(tmp_path / "r.yaml").text())
     rundir.write_json(run / "logs" / "before.json", {"loss": 0.5, "scores": SCORES})
     rundir.write_json(run / "summary.json", SUMMARY)
+    return run
+
+
+@pytest.fixture
+def smoke(here: Run, tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A smoke run that reports to a tracker, in this process."""
+    monkeypatch.setenv("MY_SECRET", SECRET)
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "r.yaml").write_text(RECIPE % name, encoding="utf-8")
+        return here("dpo", "r.yaml", "--smoke")
+
     return run
 
 
@@ -127,9 +141,9 @@ def test_tensorboard_takes_back_what_a_resumed_run_writes_again(run: RunDir) -> 
     assert scalars["eval/loss"] == [(2, 0.5)] and scalars["train/loss"] == [(1, 0.75)]
 
 
-def test_a_run_reports_to_tensorboard(tmp_path: Path, alignctl: Run, pairs: Path) -> None:
-    (tmp_path / "r.yaml").write_text(RECIPE % "tensorboard", encoding="utf-8")
-    done = alignctl("dpo", "r.yaml", "--smoke", MY_SECRET=SECRET, TENSORBOARD_LOGGING_DIR=str(tmp_path / "elsewhere"))
+def test_a_run_reports_to_tensorboard(smoke: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "elsewhere"))
+    done = smoke("tensorboard")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / "r-smoke"
     scalars, texts = events(folder / "logs" / "tensorboard")
@@ -266,25 +280,22 @@ def test_a_tracker_that_fails_is_left_out(run: RunDir, wandb: list[FakeRun], mon
     assert said[1:] == ["note: wandb failed and is left out from here on: OSError: no route to host"]
 
 
-def test_a_run_goes_on_without_a_tracker_that_does_not_start(tmp_path: Path, alignctl: Run, pairs: Path) -> None:
+def test_a_run_goes_on_without_a_tracker_that_does_not_start(
+    smoke: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages" / "mlflow.py").write_text("raise RuntimeError('broken')\n", encoding="utf-8")
-    (tmp_path / "r.yaml").write_text(RECIPE % "mlflow", encoding="utf-8")
-    path = os.pathsep.join([str(tmp_path / "packages"), os.environ.get("PYTHONPATH", "")])
-    done = alignctl("dpo", "r.yaml", "--smoke", MY_SECRET=SECRET, PYTHONPATH=path)
+    monkeypatch.syspath_prepend(str(tmp_path / "packages"))
+    done = smoke("mlflow")
     assert done.returncode == 0, done.stderr
     assert "note: mlflow failed and is left out from here on: RuntimeError: broken" in done.stdout
     assert json.loads((tmp_path / "runs/r-smoke/run.json").read_text())["status"] == "finished"
 
 
-def test_a_tracker_that_is_not_installed_is_said_first(tmp_path: Path, alignctl: Run, pairs: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(
-        "import importlib.util as u; find = u.find_spec\n"
-        "u.find_spec = lambda name, *a: None if name == 'wandb' else find(name, *a)\n"
-    )
-    (tmp_path / "r.yaml").write_text(RECIPE % "wandb", encoding="utf-8")
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    done = alignctl("dpo", "r.yaml", "--smoke", MY_SECRET=SECRET, PYTHONPATH=path)
+def test_a_tracker_that_is_not_installed_is_said_first(smoke: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else find(name, *a))
+    done = smoke("wandb")
     assert done.returncode == 4
     assert done.stderr == "alignctl: logging.report_to: wandb is not installed — pip install wandb\n"
     assert "reading and tokenizing" not in done.stdout
