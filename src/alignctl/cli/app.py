@@ -28,6 +28,7 @@ Output = Annotated[Path | None, typer.Option("--output", help="The run's folder;
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run's folder.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that the folder holds.")]
 Smoke = Annotated[bool, typer.Option("--smoke", help="The same code on a tiny stand-in and a few rows; no network.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -112,14 +113,11 @@ def inspect(
 
 
 @app.command()
-def verify(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")], debug: Debug = False) -> None:
+def verify(run: Run, debug: Debug = False) -> None:
     """Check that what a run saved is what it trained: every number, template, stop tokens, and loaded anew."""
     from alignctl.cli import verify
 
     verify.command(run)
-
-
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
 
 
 @app.command("eval")
@@ -199,6 +197,44 @@ def chat(
     )
 
 
+@app.command()
+def merge(
+    run: Run,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The merged model's folder.")],
+    onto: Annotated[
+        str | None,
+        typer.Option("--onto", help="original or dequantized base weights; default: as they were in training."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="bfloat16, float16 or float32; default: the run's.")
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option("--max-kl", metavar="NATS", help="Allow the merged model to be so far off.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Merge a run's adapter into its base: a model folder for plain transformers, compared with the adapter."""
+    from alignctl.cli import merge
+
+    merge.command(run, out, onto=onto, dtype=dtype, max_kl=max_kl)
+
+
+@app.command()
+def serve(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder, or a merged model's.")],
+    extra: Annotated[
+        list[str] | None, typer.Argument(metavar="-- ARGUMENTS", help="More arguments for the server.")
+    ] = None,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 8000,
+    show: Annotated[bool, typer.Option("--print", help="Print the server's command, and run nothing.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Serve what a run saved, by vLLM or else `transformers serve`, with its template and stop tokens."""
+    from alignctl.cli import serve
+
+    serve.command(run, port, extra or [], show=show)
+
+
 @recipes.callback()
 def list_recipes(context: typer.Context) -> None:
     """List the built-in recipes."""
@@ -236,7 +272,7 @@ def schema() -> None:
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")], debug: Debug = False) -> None:
+def report(run: Run, debug: Debug = False) -> None:
     """Write RUN/report.html: verdict, gates, curves, data, answers and numbers on one page."""
     from alignctl.cli import report
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 from alignctl.recipe.schema import Recipe
@@ -12,22 +13,28 @@ from alignctl.terminal import harmless
 _TITLES = {"sft": "supervised fine-tuning", "dpo": "Direct Preference Optimization", "orpo": "ORPO"}
 
 
-def text(recipe: Recipe, record: dict[str, Any], summary: dict[str, Any]) -> str:
-    """README.md of the saved model: what it was made from, how, and what was measured."""
+# A name on the hub, which refuses a card that gives anything else as the base.
+_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def text(recipe: Recipe, record: dict[str, Any], summary: dict[str, Any], merged: str = "") -> str:
+    """README.md of the saved model: what it was made from, how, and what was measured.
+
+    `merged` says how its adapter came into its weights, where it did.
+    """
     model = recipe.model
-    library = "peft" if recipe.trains_adapter else "transformers"
+    library = "peft" if recipe.trains_adapter and not merged else "transformers"
     sources = "\n".join(f"- {_code(source.path)} ({_code(source.split)})" for source in recipe.data.train)
     return f"""---
 library_name: {library}
-base_model: {_quoted(model.name_or_path)}
-tags: [alignctl, trl, {recipe.method}]
+{_base(model.name_or_path)}tags: [alignctl, trl, {recipe.method}]
 ---
 # {_code(model.name_or_path)}, after {_TITLES[recipe.method]}
 
 Trained with alignctl {record["versions"]["alignctl"]} and TRL {record["versions"]["trl"]}.
 
 - base model: {_code(model.name_or_path)}, revision {_code(model.revision or record["model"]["commit"] or "not pinned")}
-- went on from adapter: {_code(model.adapter) if model.adapter else "none"}
+{f"- {merged}{chr(10)}" if merged else ""}- went on from adapter: {_code(model.adapter) if model.adapter else "none"}
 - reference: {_code(record["reference"]) if record["reference"] else "none; the method needs none"}
 - chat template: {_code(model.chat_template)}, SHA-256 `{record["template"]["sha256"][:16]}`
 - trained parameters: {record["model"]["trainable"]:,} of {record["model"]["parameters"]:,}
@@ -42,6 +49,12 @@ Training rows:
 
 {_measured(summary)}
 """
+
+
+def _base(name: str) -> str:
+    """The line that ties the model to its base, where that is on the hub."""
+    on_hub = _HUB.fullmatch(name) and not Path(name).exists()
+    return f"base_model: {_quoted(name)}\n" if on_hub else ""
 
 
 def _trusted(recipe: Recipe) -> str:
