@@ -96,6 +96,14 @@ def sweep(path: Path) -> None:
             clean(each)
 
 
+def found(path: Path) -> bool:
+    """Whether a secret stands in a file of text; a vocabulary is not looked at."""
+    if path.suffix not in _TEXTS or path.name in _VOCABULARIES:
+        return False
+    text = path.read_bytes().decode("utf-8", "surrogateescape")
+    return hide(text) != text
+
+
 def clean(path: Path) -> None:
     """Take the secrets out of one file; a vocabulary is left alone."""
     if path.is_symlink() or not path.is_file() or path.name in _VOCABULARIES:

@@ -235,6 +235,23 @@ def serve(
     serve.command(run, port, extra or [], show=show)
 
 
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="A model repository of the hub, such as you/your-model.")],
+    private: Annotated[bool, typer.Option("--private", help="Nobody else may see it.")] = False,
+    merged: Annotated[
+        Path | None, typer.Option("--merged", metavar="DIR", help="Upload what alignctl merge made of the run.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Verify, say what would be uploaded, and stop.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Verify a run's model and upload it to the hub."""
+    from alignctl.cli import push
+
+    push.command(run, repo, merged, private=private, dry_run=dry_run)
+
+
 @recipes.callback()
 def list_recipes(context: typer.Context) -> None:
     """List the built-in recipes."""

@@ -31,5 +31,5 @@ def command(folder: Path, out: Path, *, onto: str | None, dtype: str | None, max
         display.say(f"merged onto the {asked.onto} weights: {merge.said(found)}")
         display.say(f"{out}: loads in plain transformers")
         if found.kl >= found.base_kl:
-            display.say("note: the base is as near to the adapter: training moved less than this dtype rounds")
+            display.say("note: the base is as near to the adapter: training changed less than rounding does")
         display.next([(f"alignctl push {folder} REPO --merged {out}", "upload it")])

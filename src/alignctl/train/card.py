@@ -51,10 +51,14 @@ Training rows:
 """
 
 
+def on_hub(name: str) -> bool:
+    """Whether `name` of a model means one on the hub."""
+    return _HUB.fullmatch(name) is not None and not Path(name).exists()
+
+
 def _base(name: str) -> str:
     """The line that ties the model to its base, where that is on the hub."""
-    on_hub = _HUB.fullmatch(name) and not Path(name).exists()
-    return f"base_model: {_quoted(name)}\n" if on_hub else ""
+    return f"base_model: {_quoted(name)}\n" if on_hub(name) else ""
 
 
 def _trusted(recipe: Recipe) -> str:
