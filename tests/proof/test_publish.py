@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
 
 Here = Callable[..., subprocess.CompletedProcess[str]]
@@ -152,16 +152,19 @@ def test_a_secret_stays_here(
     assert hub.commits == []
 
 
+@pytest.mark.parametrize(
+    "error", [OfflineModeIsEnabled("nobody answers"), HfHubHTTPError.__bases__[0]("nobody answers")]
+)
 def test_a_hub_that_cannot_be_reached_is_told(
-    run: Path, hub: Hub, here: Here, unverified: list[Path], monkeypatch: pytest.MonkeyPatch
+    run: Path, hub: Hub, here: Here, unverified: list[Path], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def offline(*given: Any, **more: Any) -> None:
-        raise OfflineModeIsEnabled("offline mode is enabled")
+        raise error
 
     monkeypatch.setattr(HfApi, "create_repo", offline)
     done = here("push", str(run), "me/tea")
     assert done.returncode == 4
-    assert "me/tea: the hub refuses, or cannot be reached: offline mode is enabled" in done.stderr
+    assert "me/tea: the hub refuses, or cannot be reached: nobody answers" in done.stderr
 
 
 def test_a_name_that_cannot_be_is_refused(run: Path, here: Here, unverified: list[Path]) -> None:

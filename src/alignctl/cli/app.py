@@ -211,12 +211,15 @@ def merge(
     max_kl: Annotated[
         float | None, typer.Option("--max-kl", metavar="NATS", help="Allow the merged model to be so far off.")
     ] = None,
+    gguf: Annotated[
+        Path | None, typer.Option("--gguf", metavar="FILE", help="A GGUF file and a Modelfile too, for Ollama.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Merge a run's adapter into its base: a model folder for plain transformers, compared with the adapter."""
     from alignctl.cli import merge
 
-    merge.command(run, out, onto=onto, dtype=dtype, max_kl=max_kl)
+    merge.command(run, out, onto=onto, dtype=dtype, max_kl=max_kl, gguf=gguf)
 
 
 @app.command()

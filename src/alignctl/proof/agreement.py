@@ -131,3 +131,8 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p ‖ q) at every position of `[n, V]` log-probabilities: `[n]`, in float64."""
     log_p, log_q = log_p.double().log_softmax(-1), log_q.double().log_softmax(-1)  # sums of 1 to float64's rounding
     return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def mean_kl(first: list[Tensor], second: list[Tensor]) -> float:
+    """The mean KL(p ‖ q) over the positions of all rows of log-probabilities."""
+    return torch.cat([_kl(p, q) for p, q in zip(first, second, strict=True)]).mean().item()

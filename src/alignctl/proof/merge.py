@@ -16,8 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from alignctl import rundir
 from alignctl.errors import MachineError, Problem, RecipeError, VerifyError
-from alignctl.proof import agreement, shards, updates
+from alignctl.proof import agreement, gguf, shards, updates
 from alignctl.proof.agreement import Agreement, Rowset
+from alignctl.proof.gguf import Converter
 from alignctl.proof.shards import Checkpoint
 from alignctl.proof.trained import Trained
 from alignctl.proof.updates import Updates
@@ -131,6 +132,43 @@ def merge(asked: Wanted, display: Display, size: int | str = shards.SIZE) -> Agr
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return found
+
+
+def convert(asked: Wanted, to: Converter, display: Display) -> str:
+    """The merged model at its place as a GGUF file too, with a Modelfile; what is known of the file, in words.
+
+    Raises:
+        MachineError: the converter fails.
+        VerifyError: the file, read back, is another model; it is not kept.
+    """
+    with display.waiting(f"converting to {to.file.name}"):
+        beside = to.convert(asked.out, asked.dtype)
+    try:
+        said = _read_back(asked, beside)
+        beside.replace(to.file)
+    finally:
+        rundir.remove(beside)
+    text, lacks = gguf.modelfile(to.file, asked.trained.encoder)
+    rundir.write_text(to.file.with_suffix(gguf.MODELFILE), text)
+    return said + (f"; {lacks}" if lacks else "")
+
+
+def _read_back(asked: Wanted, file: Path) -> str:
+    """How far the model in `file` is from the merged one, on the rows that the merge was compared on."""
+    device = asked.trained.machine.device
+    model = gguf.loaded(file, asked.dtype, device)
+    if model is None:
+        return "not compared: transformers reads no GGUF of this architecture"
+    rows = agreement.rows(asked.trained).rows
+    found = [agreement.predictions(model, row) for row in rows]
+    del model
+    agreement.release()
+    merged = _loaded(asked, asked.out)
+    far = agreement.mean_kl([agreement.predictions(merged, row) for row in rows], found)
+    if not far <= MAX_KL[asked.dtype]:
+        what = f"read back, it is {far:.2g} nats a token from the merged model"
+        raise VerifyError(Problem("--gguf", what, "report it to the converter; the merged model is whole"))
+    return f"read back, {far:.2g} nats a token from the merged model"
 
 
 def _plan(asked: Wanted) -> Plan:

@@ -15,6 +15,8 @@ from alignctl.recipe.schema import Recipe
 from alignctl.rundir import NOTE, RunDir, digests, read_json
 from alignctl.train import card
 
+# What the hub's HTTP library raises when nobody answers, whichever library that is.
+_NO_ANSWER: type[Exception] = HfHubHTTPError.__bases__[0]
 _KINDS = (".safetensors", ".json", ".jinja", ".md", ".txt", ".model")
 _STAYS = (
     ("checkpoints", "is for --resume"),
@@ -122,7 +124,7 @@ def upload(given: Parcel, recipe: Recipe, repo: str, *, private: bool) -> str:
         operations = [CommitOperationAdd(file.name, _content(file, recipe)) for file in given.files]
         message = f"{recipe.method.upper()} by alignctl"
         return str(api.create_commit(name, operations, commit_message=message).commit_url)
-    except (HfHubHTTPError, OSError) as error:
+    except (_NO_ANSWER, OSError) as error:
         what = f"the hub refuses, or cannot be reached: {' '.join(str(error).split())}"
         raise MachineError(Problem(repo, what, "check the network, the name and what the token may do")) from error
 
