@@ -13,15 +13,16 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from alignctl.train.data import Rows
-    from alignctl.train.doctor import Finding
+    from alignctl.train.findings import Finding
 
 
 def command(recipe: str, overrides: list[str] | None, *, as_json: bool) -> None:
     """Print the ledger and the findings; too many dropped rows end it with exit code 3."""
     with opened(recipe, overrides) as rows:
-        from alignctl.train import data, doctor
+        from alignctl.train import data
+        from alignctl.train.findings import examine
 
-        findings = doctor.examine(rows.recipe, rows.encoder, rows.train, rows.held_out)
+        findings = examine(rows.recipe, rows.encoder, rows.train, rows.held_out)
         if as_json:
             rows.out.write(json_text(_values(rows, findings)) + "\n")
         else:

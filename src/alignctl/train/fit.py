@@ -26,9 +26,9 @@ from alignctl.rundir import STAND_IN, RunDir, read_json
 from alignctl.train import (
     card,
     data,
-    doctor,
     dpo,
     facts,
+    findings,
     guards,
     heldout,
     machine,
@@ -132,8 +132,8 @@ def assemble(loaded: Loaded, run: RunDir, display: Display, *, smoke: bool, resu
         train_rows, eval_rows = data.prepare(recipe, encoder)
     parts = [("train", train_rows), ("eval", eval_rows)]
     ledger = {name: rows.summary() for name, rows in parts if rows is not None}
-    findings = [] if smoke else doctor.examine(recipe, encoder, train_rows, eval_rows)
-    rundir.write_json(run / "ledger.json", ledger | {"findings": [asdict(finding) for finding in findings]})
+    found = [] if smoke else findings.examine(recipe, encoder, train_rows, eval_rows)
+    rundir.write_json(run / "ledger.json", ledger | {"findings": [asdict(finding) for finding in found]})
     held_out = eval_rows.dataset() if eval_rows else None
     built = Parts(where, precision, encoder, train_rows.dataset(), held_out, run.path)
     with display.waiting(f"loading {recipe.model.name_or_path}"), refused():
@@ -159,7 +159,7 @@ def assemble(loaded: Loaded, run: RunDir, display: Display, *, smoke: bool, resu
     with display.waiting("gates"):
         preflight.examine(Built(recipe, built, trainer, train_rows, gates), resumed=resume is not None)
     display.gates(gates.results)
-    warnings = [f"{finding.name}: {finding.said}; {finding.meaning}" for finding in findings if finding.warns]
+    warnings = [f"{finding.name}: {finding.said}; {finding.meaning}" for finding in found if finding.warns]
     for notice in [*facts.notices(recipe, built), *warnings]:
         display.say(f"note: {notice}")
     return Job(recipe, built, trainer, train_rows, eval_rows, run, display, gates)

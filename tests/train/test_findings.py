@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from alignctl.recipe import catalog
 from alignctl.recipe.schema import Recipe
-from alignctl.train import data, doctor, tokens
-from alignctl.train.doctor import Finding
+from alignctl.train import data, findings, tokens
+from alignctl.train.findings import Finding
 from alignctl.train.tokenizer import template_hash
 from alignctl.train.tokens import Encoder
 
@@ -81,7 +81,7 @@ def diagnose(write_rows: WriteRows, data_recipe: Callable[..., Recipe], encoder:
         adapter = {"adapter": changes.pop("adapter", None)}
         recipe = data_recipe(method, write_rows(rows), **changes)
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=adapter)})
-        found = doctor.examine(recipe, by, *data.read(recipe, by))
+        found = findings.examine(recipe, by, *data.read(recipe, by))
         names = [finding.name for finding in found]
         assert len(names) == len(set(names))
         json.dumps([vars(finding) for finding in found])
@@ -214,7 +214,7 @@ def test_places_hold_over_many_batches_and_mixed_sources(
         rows[name][int(line) - 1]["rejected"] += fault
     train = [{"path": str(write_rows(part, f"{name}.jsonl"))} for name, part in rows.items()]
     recipe = Recipe.model_validate(data_recipe("dpo", Path("x")).model_dump() | {"data": {"train": train}})
-    found = {f.name: f for f in doctor.examine(recipe, by, *data.read(recipe, by))}
+    found = {f.name: f for f in findings.examine(recipe, by, *data.read(recipe, by))}
     for name in ("text.unknown", "text.rendered"):
         assert found[name].rows == 3 and set(found[name].first) == set(places)
 
