@@ -70,6 +70,19 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
+def doctor(
+    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="What this recipe asks, too.")] = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Look at this machine: what it has for training, what each gap costs, and the way out."""
+    from alignctl.cli import doctor
+
+    doctor.command(recipe, overrides, as_json=as_json)
+
+
+@app.command()
 def check(recipe: Recipe, overrides: Overrides = None, as_json: Json = False, debug: Debug = False) -> None:
     """Check recipe, data and tokenizer: where every row goes, and what is odd about the rows. No weights are loaded."""
     from alignctl.cli import check

@@ -6,7 +6,7 @@ import sys
 import traceback
 
 from alignctl.cli import signals
-from alignctl.errors import AlignctlError, Interrupted, Problem
+from alignctl.errors import AlignctlError, Interrupted, MachineError, Problem
 from alignctl.terminal import harmless
 
 
@@ -27,6 +27,8 @@ def _report(error: BaseException) -> int:
         print(harmless("".join(traceback.format_exception(error))), file=sys.stderr)
     if isinstance(error, AlignctlError | Interrupted):
         problems, code = error.problems, error.exit_code
+    elif missing := _missing(error):
+        problems, code = (missing,), MachineError.exit_code
     else:
         what = str(error).strip() or "no message"
         problems = (Problem(type(error).__name__, what, "a bug; run again with --debug and report it"),)
@@ -34,3 +36,12 @@ def _report(error: BaseException) -> int:
     for problem in problems:
         print(f"alignctl: {harmless(str(problem))}", file=sys.stderr)
     return code
+
+
+def _missing(error: BaseException) -> Problem | None:
+    """The package behind an import error, when the installation lacks it."""
+    if not isinstance(error, ImportError):
+        return None
+    from alignctl.train import needs
+
+    return needs.behind(error)

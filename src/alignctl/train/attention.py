@@ -178,7 +178,7 @@ def attend(
     if torch.is_autocast_enabled(query.device.type):  # float32 weights give float32 queries beside lower values
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if query.is_cuda and not dropout and torch.cuda.get_device_capability(query.device) >= _AMPERE:
+    if query.is_cuda and not dropout and torch.cuda.get_device_capability(query.device) >= AMPERE:
         if softcap is None and _flash(query):
             return _by_varlen(query, key, value, packed, scaling, sliding_window)
         return _by_flex(_compiled_flex(), query, key, value, packed, scaling, sliding_window, softcap)
@@ -203,7 +203,7 @@ def attend(
 # What transformers hands to an attention function that changes its result.
 _REFUSED = ("s_aux", "position_bias", "cache", "sinks")
 
-_AMPERE = (8, 0)  # what flash attention's kernels and FlexAttention in bfloat16 need
+AMPERE = (8, 0)  # what flash attention's kernels and FlexAttention in bfloat16 need
 # torch 2.11 has the kernel for fewer key heads, and no argument for it.
 _HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from alignctl.errors import MachineError, Problem, RecipeError
 from alignctl.recipe.schema import Recipe
+from alignctl.train import needs
 from alignctl.train.machine import Machine
 from alignctl.train.tokenizer import model_path
 from alignctl.train.tokens import Encoder
@@ -37,14 +37,8 @@ def quantization(recipe: Recipe, precision: torch.dtype, machine: Machine) -> Bi
     section = recipe.quantization
     if section is None:
         return None
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise MachineError(
-            Problem(
-                "quantization.load_in_4bit",
-                "bitsandbytes is not installed",
-                "pip install bitsandbytes, or take the `quantization:` section away",
-            )
-        )
+    if missing := needs.bitsandbytes():
+        raise MachineError(missing)
     compute = section.bnb_4bit_compute_dtype
     return BitsAndBytesConfig(
         load_in_4bit=True,

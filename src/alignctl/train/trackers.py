@@ -8,7 +8,6 @@ stays in the run folder unless the environment sends it elsewhere; and a tracker
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -18,11 +17,12 @@ from typing import Any, Protocol
 from transformers.utils import flatten_dict
 
 from alignctl import secrets
-from alignctl.errors import Interrupted, MachineError, Problem
+from alignctl.errors import Interrupted, MachineError
 from alignctl.evaluate import scores
 from alignctl.recipe import tree
 from alignctl.recipe.schema import Recipe
 from alignctl.rundir import RunDir, read_json
+from alignctl.train import needs
 
 PROJECT = "alignctl"
 Values = dict[str, Any]
@@ -212,9 +212,8 @@ def check(recipe: Recipe) -> None:
     Raises:
         MachineError: it is not installed.
     """
-    name = recipe.logging.report_to
-    if name != "none" and importlib.util.find_spec(name) is None:
-        raise MachineError(Problem("logging.report_to", f"{name} is not installed", f"pip install {name}"))
+    if missing := needs.tracker(recipe.logging.report_to):
+        raise MachineError(missing)
 
 
 @contextlib.contextmanager
