@@ -12,7 +12,7 @@ HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bits
 LAYERS = [  # a room may import only rooms of the lines above its own
     {"errors", "secrets"},
     {"recipe", "formats", "rundir", "quiet", "terminal", "statistics", "drift"},
-    {"report"},
+    {"report", "init"},
     {"evaluate"},
     {"train"},
     {"proof"},

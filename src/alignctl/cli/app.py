@@ -83,6 +83,33 @@ def doctor(
 
 
 @app.command()
+def init(
+    method: Annotated[str | None, typer.Option("--method", help="sft, dpo or orpo.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="A hub name, or a model's folder.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Rows: a file, a folder or a hub name.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", metavar="FILE", help="The recipe; never replaced.")] = None,
+    split: Annotated[str, typer.Option("--split", help="The split of a hub data set.")] = "train",
+    eval_data: Annotated[str | None, typer.Option("--eval-data", help="Held-out rows; else a share of them.")] = None,
+    adapter: Annotated[str, typer.Option("--adapter", help="auto, qlora, lora or full.")] = "auto",
+    template: Annotated[str | None, typer.Option("--chat-template", help="Its name, or a .jinja file.")] = None,
+    gpu_memory: Annotated[str | None, typer.Option("--gpu-memory", metavar="24GiB", help="For another GPU.")] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="CONFIG", help="A recipe of alignment-handbook, TRL, axolotl, LLaMA-Factory."),
+    ] = None,
+    dialect: Annotated[str | None, typer.Option("--dialect", help="The tool that --from is of.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write a commented recipe from a few answers, or from a recipe of another tool, and check it."""
+    from alignctl.cli import init
+
+    if source is not None:
+        init.from_other(source, dialect, method, output)
+    else:
+        init.command(init.Asked(method, model, data, output, split, eval_data, adapter, template, gpu_memory))
+
+
+@app.command()
 def check(recipe: Recipe, overrides: Overrides = None, as_json: Json = False, debug: Debug = False) -> None:
     """Check recipe, data and tokenizer: where every row goes, and what is odd about the rows. No weights are loaded."""
     from alignctl.cli import check

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from alignctl.train.findings import Finding
 
 
-def command(recipe: str, overrides: list[str] | None, *, as_json: bool) -> None:
-    """Print the ledger and the findings; too many dropped rows end it with exit code 3."""
+def command(recipe: str, overrides: list[str] | None, *, as_json: bool, name: str | None = None) -> None:
+    """Print the ledger and the findings, `name` being what the recipe is called when not as it was given.
+
+    Too many dropped rows end it with exit code 3.
+    """
     with opened(recipe, overrides) as rows:
         from alignctl.train import data
         from alignctl.train.findings import examine
@@ -26,7 +29,7 @@ def command(recipe: str, overrides: list[str] | None, *, as_json: bool) -> None:
         if as_json:
             rows.out.write(json_text(_values(rows, findings)) + "\n")
         else:
-            _show(rows, findings, recipe)
+            _show(rows, findings, name or recipe)
         rows.out.flush()
         data.check_lost(rows.recipe, rows.train, rows.held_out)
 

@@ -84,6 +84,14 @@ def dump(values: dict[str, Any]) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def inline(value: Any) -> str:
+    """`value` as YAML on one line."""
+    listed = yaml.dump(
+        [value], Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=True, width=10**6
+    )
+    return listed.strip()[1:-1]
+
+
 def read(path: Path) -> Tree:
     """Read one file. What is wrong with it becomes problems, not exceptions."""
     try:

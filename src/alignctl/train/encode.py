@@ -264,7 +264,7 @@ def _holds(entry: Path, job: Job) -> bool:
 def _write(folder: Path, source: Source, method: str, encoder: Encoder, limit: Limit, seed: int) -> None:
     """Encode every row of `source` into `folder`; chunks of rows pass through, so memory stays flat."""
     counted = _Counted(sources.read(source))
-    shape, rows, renames = _shaped(source, method, iter(counted))
+    shape, rows, renames = shaped(source, method, iter(counted))
     job = Job(encoder, method, source, limit, seed, "completions" if shape.per_answer else shape.name, renames)
     total = Ledger()
     schema = _schema(method)
@@ -287,7 +287,7 @@ def look(source: Source, method: str, encoder: Encoder, data: Data, seed: int, p
     Raises:
         DataError: the row, or one before it, cannot be read.
     """
-    shape, rows, renames = _shaped(source, method, sources.read(source))
+    shape, rows, renames = shaped(source, method, sources.read(source))
     raw = next((raw for raw in rows if raw.place == place), None)
     if raw is None:
         return None
@@ -317,7 +317,7 @@ class _Counted:
             yield row
 
 
-def _shaped(source: Source, method: str, stream: Iterator[RawRow]) -> tuple[Format, Iterable[RawRow], dict[str, str]]:
+def shaped(source: Source, method: str, stream: Iterator[RawRow]) -> tuple[Format, Iterable[RawRow], dict[str, str]]:
     """The shape of a source's rows, the rows, and the columns still to be renamed in them."""
     head = list(islice(stream, _LOOKED_AT))
     columns: dict[str, str] = {str(ours): theirs for ours, theirs in (source.columns or {}).items()}

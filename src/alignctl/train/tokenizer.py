@@ -24,14 +24,23 @@ def model_path(recipe: Recipe) -> tuple[str, str | None]:
     return name, recipe.model.revision
 
 
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer, as it comes."""
+    path, revision = model_path(recipe)
+    trusted = recipe.model.trust_remote_code
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        path, revision=revision, trust_remote_code=trusted
+    )
+    return tokenizer
+
+
 def load_encoder(recipe: Recipe) -> Encoder:
     """The tokenizer with the recipe's template, and a pad token from the ones that it has.
 
     Raises:
         RecipeError: the template does not work, or asks for more than its sandbox gives.
     """
-    path, revision = model_path(recipe)
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=recipe.model.trust_remote_code)
+    tokenizer = load_tokenizer(recipe)
     name = recipe.model.chat_template
     if name.endswith(".jinja"):
         tokenizer.chat_template = Path(name).read_text(encoding="utf-8")
