@@ -90,6 +90,7 @@ def init(
     output: Annotated[Path | None, typer.Option("--output", metavar="FILE", help="The recipe; never replaced.")] = None,
     split: Annotated[str, typer.Option("--split", help="The split of a hub data set.")] = "train",
     eval_data: Annotated[str | None, typer.Option("--eval-data", help="Held-out rows; else a share of them.")] = None,
+    eval_split: Annotated[str, typer.Option("--eval-split", help="The split of --eval-data.")] = "test",
     adapter: Annotated[str, typer.Option("--adapter", help="auto, qlora, lora or full.")] = "auto",
     template: Annotated[str | None, typer.Option("--chat-template", help="Its name, or a .jinja file.")] = None,
     gpu_memory: Annotated[str | None, typer.Option("--gpu-memory", metavar="24GiB", help="For another GPU.")] = None,
@@ -106,7 +107,9 @@ def init(
     if source is not None:
         init.from_other(source, dialect, method, output)
     else:
-        init.command(init.Asked(method, model, data, output, split, eval_data, adapter, template, gpu_memory))
+        init.command(
+            init.Asked(method, model, data, output, split, eval_data, eval_split, adapter, template, gpu_memory)
+        )
 
 
 @app.command()

@@ -32,6 +32,7 @@ class Asked:
     output: Path | None
     split: str
     eval_data: str | None
+    eval_split: str
     adapter: str
     template: str | None
     gpu_memory: str | None
@@ -43,10 +44,11 @@ def command(asked: Asked) -> None:
     Raises:
         AlignctlError: an option is missing or wrong, the file is there already, or the rows cannot be read.
     """
-    memory = _given_memory(asked.gpu_memory)
     _known("--method", asked.method, METHODS)
     _known("--adapter", asked.adapter, choose.ADAPTERS)
-    wanted, output = _wanted(_answered(asked) if _at_a_terminal() else asked)
+    asked = _answered(asked) if _at_a_terminal() else asked
+    memory = _given_memory(asked.gpu_memory)
+    wanted, output = _wanted(asked)
     _free(output)
     with quiet.libraries(Path(os.devnull)) as out:
         notes: list[str] = []
@@ -54,10 +56,7 @@ def command(asked: Asked) -> None:
     for note in notes:
         typer.echo(f"note: {harmless(note)}")
     recipe = choose.draft(_beside(wanted, output), rows, model, memory)
-    head = [
-        f"{wanted.method.upper()} of {wanted.model}, made by `alignctl init`; docs/init.md says where values are from.",
-        f"Run: alignctl {wanted.method} {output}",
-    ]
+    head = choose.head(wanted, model, memory, output)
     with _written(output, draft.text(recipe, head, [])) as written:
         load(written, method=wanted.method)
         if model.template is None:
@@ -101,7 +100,7 @@ def from_other(path: Path, dialect: str | None, method: str | None, output: Path
     with _beside_it(template, found.template), _written(output, text) as written:
         load(written, method=found.method)
     for key, what in found.carried:
-        typer.echo(harmless(f"✓ {key}: {what}"))
+        typer.echo(harmless(f"✓ {key} → {what}"))
     for key, why in found.left.items():
         typer.echo(harmless(f"– {key}: not carried over: {why}"))
     typer.echo(f"\nwritten: {output} (from {found.dialect})\nnext: alignctl check {output}")
@@ -121,19 +120,20 @@ def _answered(asked: Asked) -> Asked:
         method = asked.method or Prompt.ask("Method", choices=list(METHODS), default="dpo", console=console)
         model = asked.model or _ask("Model (a hub name or a folder)")
         data = asked.data or _ask("Training rows (a file, a folder or a hub name)")
+        gpu_memory = asked.gpu_memory or _ask("GPU memory, such as 24GiB (empty: this machine's)", needed=False)
         default = str(asked.output or _default_output(str(method), str(model)))
         output = asked.output or Path(str(Prompt.ask("Recipe", default=default, console=console)))
     except EOFError as error:
         raise RecipeError(Problem("init", "the input ended before the last answer", "give the options")) from error
-    return replace(asked, method=method, model=model, data=data, output=output)
+    return replace(asked, method=method, model=model, data=data, gpu_memory=gpu_memory, output=output)
 
 
-def _ask(what: str) -> str:
+def _ask(what: str, *, needed: bool = True) -> str | None:
     from rich.prompt import Prompt
 
-    while not (answer := Prompt.ask(what, default="", show_default=False).strip()):
+    while not (answer := Prompt.ask(what, default="", show_default=False).strip()) and needed:
         continue
-    return answer
+    return answer or None
 
 
 def _wanted(asked: Asked) -> tuple[Wanted, Path]:
@@ -150,7 +150,16 @@ def _wanted(asked: Asked) -> tuple[Wanted, Path]:
     missing = [Problem(name, "is missing", f"give {what}") for name, (value, what) in needed.items() if not value]
     if missing or asked.method is None or asked.model is None or asked.data is None:
         raise RecipeError(*missing)
-    wanted = Wanted(asked.method, asked.model, asked.data, asked.split, asked.eval_data, asked.adapter, asked.template)
+    wanted = Wanted(
+        asked.method,
+        asked.model,
+        asked.data,
+        asked.split,
+        asked.eval_data,
+        asked.eval_split,
+        asked.adapter,
+        asked.template,
+    )
     return wanted, asked.output or _default_output(asked.method, asked.model)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from alignctl.init.draft import Choice, Draft
@@ -26,7 +27,7 @@ def draft(wanted: Wanted, rows: Rows, model: Model, memory: Memory) -> Draft:
     if adapter == "qlora":
         sections["quantization"] = {"load_in_4bit": Choice(True, why)}
     if adapter != "full":
-        sections["lora"] = _lora("" if adapter == "qlora" else why)
+        sections["lora"] = dict(_LORA)
     sections["data"] = _data(wanted, rows, length)
     sections["training"] = _training(wanted, rows, model, memory, adapter, length.value)
     sections[wanted.method] = _method(wanted, adapter, model)
@@ -43,6 +44,19 @@ def chosen_adapter(wanted: Wanted, model: Model, memory: Memory) -> tuple[str, s
     if model.gib > HALF * memory.gib:
         return "qlora", f"{said}: 4 bits leave room for what training needs"
     return "lora", f"{said}: no need for 4 bits"
+
+
+def head(wanted: Wanted, model: Model, memory: Memory, output: Path) -> list[str]:
+    """The comment above the recipe."""
+    adapter, why = chosen_adapter(wanted, model, memory)
+    return [
+        f"{wanted.method.upper()} of {wanted.model}, made by `alignctl init`; docs/init.md says where values are from.",
+        f"Trains {_TRAINS[adapter]}" + ("." if adapter == "qlora" else f": {why}."),
+        f"Run: alignctl {wanted.method} {output}",
+    ]
+
+
+_TRAINS = {"qlora": "adapters on 4-bit weights", "lora": "adapters", "full": "all weights"}
 
 
 def max_length(rows: Rows, model: Model) -> Choice:
@@ -79,19 +93,23 @@ def template(wanted: Wanted, model: Model) -> Choice:
     return Choice("zephyr", "the tokenizer has no template of its own; this one is made of text that any model knows")
 
 
-def _lora(why: str) -> dict[str, Choice]:
-    return {
-        "r": Choice(16, why or "the rank of zephyr-7b-beta's QLoRA recipes"),
-        "lora_alpha": Choice(32, "an update is multiplied by lora_alpha / r, here 2"),
-        "target_modules": Choice("all-linear", "adapters on every linear layer learn more than on attention alone"),
-    }
+_LORA = {
+    "r": Choice(16, "the rank of zephyr-7b-beta's QLoRA recipes"),
+    "lora_alpha": Choice(32, "an update is multiplied by lora_alpha / r, here 2"),
+    "target_modules": Choice("all-linear", "adapters on every linear layer learn more than on attention alone"),
+}
 
 
 def _data(wanted: Wanted, rows: Rows, length: Choice) -> dict[str, Choice]:
     about = f"{rows.count:,} rows, read as {rows.shape}"
-    choices = {"train": Choice([_source(wanted.data, wanted.split)], about)}
+    source = _source(wanted.data, wanted.split)
+    if rows.answer is not None:
+        source["answer"], about = rows.answer, f"{about}: the chosen answers are trained"
+    choices = {"train": Choice([source], about)}
     if wanted.eval_data is not None:
-        choices["eval"] = Choice([_source(wanted.eval_data, "train")], "held out; nothing of it is trained on")
+        choices["eval"] = Choice(
+            [_source(wanted.eval_data, wanted.eval_split)], "held out; nothing of it is trained on"
+        )
     else:
         fraction = next(share for limit, share in FRACTIONS if rows.count >= limit)
         choices["eval_fraction"] = Choice(fraction, "no held-out rows were named: this share of the prompts is")
@@ -105,7 +123,9 @@ def _data(wanted: Wanted, rows: Rows, length: Choice) -> dict[str, Choice]:
 
 
 def _source(path: str, split: str) -> dict[str, Any]:
-    return {"path": path} if split == "train" else {"path": path, "split": split}
+    """A source; a file has no splits, and `train` is the default."""
+    plain = split == "train" or Path(path).suffix != ""
+    return {"path": path} if plain else {"path": path, "split": split}
 
 
 def _training(wanted: Wanted, rows: Rows, model: Model, memory: Memory, adapter: str, length: int) -> dict[str, Choice]:

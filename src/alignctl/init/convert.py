@@ -19,6 +19,7 @@ from alignctl.recipe.load import trl_arguments
 from alignctl.recipe.schema import METHODS, SECTIONS
 
 DIALECTS = tuple(dialects.OWN)
+_COMPUTE = ("bf16", "fp16", "bfloat16", "float16")  # what is computed in counts, before what is loaded in
 _KEY = re.compile(r"([a-z]+\.\w+)(?:: ([\w-]+))?")
 _NAMES = {"alpaca": "alpaca", "chatml": "chatml", "zephyr": "zephyr", "mistral": "mistral-instruct"}
 _ORDER = ("model", "quantization", "lora", "data", "training", *METHODS, "logging", "trl")
@@ -50,7 +51,7 @@ class Conversion:
         elif already is not None and already.value != value:
             self.left[key] = f"{section}.{name} is {shown(already.value)} already"
         else:
-            self.draft.setdefault(section, {})[name] = already or Choice(value, why or key)
+            self.draft.setdefault(section, {})[name] = already or Choice(value, why or ("" if key == name else key))
             self.carried.append((key, f"{section}.{name}: {shown(value)}{f' ({why})' if why else ''}"))
 
     def drop_section(self, section: str, why: str) -> None:
@@ -88,9 +89,9 @@ def convert(file: Path, dialect: str | None, method: str | None) -> Conversion:
     dialect = dialect or dialects.detect(values, file)
     found = Conversion(dialect, method or dialects.method(dialect, values, file))
     done = _rows(found, values, file)
-    for key, value in values.items():
+    for key in sorted(values, key=lambda name: name not in _COMPUTE):
         if key not in done:
-            _key(found, key, value)
+            _key(found, key, values[key])
     _adapter(found, values)
     _settle(found, values)
     required = {"model": "name_or_path", "data": "train"}
@@ -98,9 +99,14 @@ def convert(file: Path, dialect: str | None, method: str | None) -> Conversion:
     if missing:
         what = f"says nothing that could be {' or '.join(missing)} here"
         raise RecipeError(Problem(str(file), what, "is it a recipe for training?"))
-    found.draft = {section: found.draft[section] for section in _ORDER if section in found.draft}
+    found.draft = {section: _sorted(section, found.draft[section]) for section in _ORDER if section in found.draft}
     found.carried.sort(key=lambda each: list(values).index(each[0]) if each[0] in values else len(values))
     return found
+
+
+def _sorted(section: str, choices: dict[str, Choice]) -> dict[str, Choice]:
+    order = list(SECTIONS[section].model_fields) if section in SECTIONS else list(choices)
+    return {name: choices[name] for name in order if name in choices}
 
 
 def _rows(found: Conversion, values: dict[str, Any], file: Path) -> set[str]:
@@ -130,7 +136,7 @@ def _key(found: Conversion, key: str, value: Any) -> None:
         found.put(direct[1], value, key)
     elif direct and value is not False:
         found.put(direct[1], tree.scalar(direct[2]), key)
-    elif direct:
+    elif answer and value is False:
         found.left[key] = "is off"
     elif answer:
         found.left[key] = answer.removeprefix("nothing; ") if answer.startswith("nothing; ") else f"here it is {answer}"
@@ -213,8 +219,12 @@ def _steps(target: str) -> Callable[[Conversion, str, Any], None]:
     """A strategy: `steps` is what we do with `target`, the rest there is not."""
 
     def carry(found: Conversion, key: str, value: Any) -> None:
-        off = value in ("no", False)
-        found.left[key] = "is off" if off else f"{target} alone counts here" if value == "steps" else f"give {target}"
+        if value in ("no", False):
+            found.left[key] = "is off"
+        elif value in ("steps", True):
+            found.left[key] = f"{target} alone counts here"
+        else:
+            found.left[key] = f"{value!r:.40} is no step: {target} is a number of steps here"
 
     return carry
 
@@ -317,6 +327,7 @@ def _attention(found: Conversion, key: str, value: Any) -> None:
 _SPECIAL: dict[str, Callable[[Conversion, str, Any], None]] = {
     "eval_strategy": _steps("training.eval_steps"),
     "evaluation_strategy": _steps("training.eval_steps"),
+    "do_eval": _steps("training.eval_steps"),
     "save_strategy": _steps("training.save_steps"),
     "logging_strategy": _steps("training.logging_steps"),
     "chat_template": _template,

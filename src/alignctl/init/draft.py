@@ -26,10 +26,11 @@ Draft = dict[str, dict[str, Choice]]
 
 def text(draft: Draft, head: list[str], tail: list[str]) -> str:
     """`draft` as YAML, `head` and `tail` as comments around it; reads back as the same values."""
-    lines = [*map(_comment, head)]
+    lines = [part for line in head for part in _comment(line)]
     for section, choices in draft.items():
         lines += [f"{section}:", *_section(choices)] if choices else [f"{section}: {{}}"]
-    return "\n".join([*lines, *map(_comment, tail)]) + "\n"
+    lines += [part for line in tail for part in _comment(line)]
+    return "\n".join(lines) + "\n"
 
 
 def values(draft: Draft) -> dict[str, Any]:
@@ -55,8 +56,8 @@ def shown(value: Any) -> str:
     return tree.inline(value)
 
 
-def _comment(line: str) -> str:
-    return f"# {_one_line(line)}".rstrip()
+def _comment(line: str) -> list[str]:
+    return [f"# {part}" for part in textwrap.wrap(_one_line(line), WIDTH)] or ["#"]
 
 
 def _one_line(text: str) -> str:

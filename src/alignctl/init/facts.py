@@ -22,6 +22,7 @@ class Wanted:
     data: str
     split: str = "train"
     eval_data: str | None = None
+    eval_split: str = "test"
     adapter: str = "auto"
     template: str | None = None
 
@@ -30,13 +31,15 @@ class Wanted:
 class Rows:
     """The rows: how many, their shape, and the tokens of prompt and longer answer of some of them, sorted.
 
-    `counted` is false where the tokenizer could not be loaded and tokens are guessed from characters.
+    `counted` is false where the tokenizer could not be loaded and tokens are guessed from characters; `answer` is the
+    side that SFT trains on in a preference set.
     """
 
     count: int
     shape: str
     tokens: tuple[int, ...]
     counted: bool = True
+    answer: str | None = None
 
     def percentile(self, share: float) -> int:
         """Tokens that `share` of the rows do not exceed."""

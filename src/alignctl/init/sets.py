@@ -169,9 +169,7 @@ def _factory_source(name: str, about: Any, place: Path | None, most: Any, found:
     source: Source = {"path": name}
     if not isinstance(about, dict) or place is None:
         found.notes.append(f"{name} is a name of LLaMA-Factory's dataset_info.json: give the file or the hub name")
-        found.left[f"dataset: {name}"] = (
-            "kept as a hub name: dataset_info.json, which would say what it is, was not found"
-        )
+        found.left[f"dataset: {name}"] = "kept as a hub name: no dataset_info.json beside the recipe says what it is"
     elif about.get("hf_hub_url"):
         source = {"path": about["hf_hub_url"], "name": about.get("subset"), "split": about.get("split")}
     elif about.get("file_name"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
@@ -22,13 +23,14 @@ from alignctl.train.tokens import Encoder
 from alignctl.train.translate import refused, translated
 
 SAMPLE = 2000
+FIRST = 20
 CHARACTERS = 3  # of a token, on the careful side
 _UNBOUNDED = 10**6
 
 
-def recipe(wanted: Wanted, template: str) -> Recipe:
+def recipe(wanted: Wanted, template: str, answer: str | None = None) -> Recipe:
     """The least recipe that reads what is `wanted`."""
-    source = {"path": wanted.data, "split": wanted.split, "take": SAMPLE}
+    source = {"path": wanted.data, "split": wanted.split, "take": SAMPLE, "answer": answer}
     return Recipe.model_validate(
         {
             "model": {"name_or_path": wanted.model, "chat_template": template},
@@ -46,14 +48,14 @@ def model(wanted: Wanted, note: Callable[[str], None]) -> Model:
         with translated(), refused():
             path, revision = model_path(asked)
             config = AutoConfig.from_pretrained(path, revision=revision)
+            tokenizer = load_tokenizer(asked)
+            parameters = _parameters(config)
     except MachineError as error:
         note(f"the model cannot be looked at: {error.problems[0].what}")
-        parameters = facts.by_name(wanted.model)
-        return Model(parameters=parameters, counted=False)
-    tokenizer = load_tokenizer(asked)
+        return Model(parameters=facts.by_name(wanted.model), counted=False)
     words = tokenizer.get_vocab()
     return Model(
-        parameters=_parameters(config),
+        parameters=parameters,
         context=getattr(config, "max_position_embeddings", None),
         template=bool(tokenizer.chat_template),
         knows_chatml="<|im_start|>" in words and "<|im_end|>" in words,
@@ -74,12 +76,24 @@ def rows(wanted: Wanted, template: str, *, tokenizer: bool) -> Rows:
     Raises:
         AlignctlError: the rows cannot be read.
     """
-    asked = recipe(wanted, template)
+    asked = recipe(wanted, template, _answer(recipe(wanted, template)))
     if not tokenizer:
         return _guessed(asked)
     with translated(), refused():
         encoder = load_encoder(asked)
     return _counted(asked, encoder)
+
+
+def _answer(asked: Recipe) -> str | None:
+    """`chosen` where SFT is asked for on a preference set."""
+    if asked.method != "sft":
+        return None
+    first = [raw.values for raw in islice(sources.read(asked.data.train[0]), FIRST)]
+    for preference in (False, True):
+        with contextlib.suppress(RowError):
+            formats.detect(first, preference=preference)
+            return "chosen" if preference else None
+    return None
 
 
 def _counted(asked: Recipe, encoder: Encoder) -> Rows:
@@ -92,7 +106,7 @@ def _counted(asked: Recipe, encoder: Encoder) -> Rows:
         if "prompt_ids" in lengths
         else lengths[found.id_columns[0]]
     )
-    return Rows(_count(asked), found.sources[0].shape.what, tuple(sorted(longest.tolist())))
+    return Rows(_count(asked), found.sources[0].shape.what, tuple(sorted(longest.tolist())), answer=_side(asked))
 
 
 def _guessed(asked: Recipe) -> Rows:
@@ -104,7 +118,11 @@ def _guessed(asked: Recipe) -> Rows:
             tokens.append(_characters(formats.read(shape, raw.values)) // CHARACTERS)
         except (RowError, formats.Dropped):
             continue
-    return Rows(_count(asked), shape.what, tuple(sorted(tokens)) or (0,), counted=False)
+    return Rows(_count(asked), shape.what, tuple(sorted(tokens)) or (0,), counted=False, answer=_side(asked))
+
+
+def _side(asked: Recipe) -> str | None:
+    return asked.data.train[0].answer
 
 
 def _characters(row: formats.Canonical) -> int:
