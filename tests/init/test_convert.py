@@ -387,7 +387,7 @@ def test_axolotl_ipo_is_a_loss_of_dpo(converted: Convert) -> None:
             {},
             "rl: 'kto' is no method that alignctl has — it has sft, dpo, orpo",
         ),
-        (FACTORY_DPO.replace("sigmoid", "simpo"), {}, "stage: 'simpo' is no method"),
+        (FACTORY_DPO.replace("sigmoid", "simpo"), {}, "pref_loss: 'simpo' is no method"),
         (HANDBOOK_ORPO, {}, "is for DPO or for ORPO: nothing in it tells — --method dpo, or orpo"),
         ("base_model: a\nstage: sft\n", {}, "has the keys of axolotl and of llamafactory — --dialect with one of"),
         ("learning_rate: 1\n", {}, "has no key that tells whose recipe it is — --dialect with one of"),

@@ -54,9 +54,9 @@ def method(dialect: str, values: Values, file: Path) -> str:
     if dialect == "axolotl":
         return _stage(values.get("rl") or "sft", "rl", file)
     if dialect == "llamafactory":
-        stage = values.get("stage") or "sft"
-        loss = values.get("pref_loss") or "sigmoid"
-        return _stage(stage if stage != "dpo" or loss in _LOSSES else loss, "stage", file)
+        stage, loss = values.get("stage") or "sft", values.get("pref_loss") or "sigmoid"
+        by_loss = stage == "dpo" and loss not in _LOSSES
+        return _stage(loss if by_loss else stage, "pref_loss" if by_loss else "stage", file)
     named = [name for part in reversed(file.parts) for name in METHODS if name in part.lower()]
     if named:
         return named[0]
