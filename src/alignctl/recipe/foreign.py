@@ -128,7 +128,7 @@ FOREIGN = {
     "flash_attn": "nothing; packed batches take torch's own flash attention",
     "neat_packing": "nothing; training.packed computes no padding, and rows do not see each other",
     "overwrite_cache": "nothing; kept rows are made anew when anything about them changes",
-    "plot_loss": "nothing; every step's loss is in the run's metrics.jsonl",
+    "plot_loss": "nothing; every step's loss is in the run's folder",
 }
 """A key as another tool spells it, and the key that means it here or one phrase that says why there is none."""
 
