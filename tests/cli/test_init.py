@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from alignctl.cli import check
+from alignctl.errors import Interrupted, Problem
 from alignctl.recipe.load import load
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -106,6 +108,19 @@ def test_rows_that_cannot_be_read_leave_nothing(here: Run, model_folder: Path) -
     Path("bad.jsonl").write_text('{"a": 1}\n', encoding="utf-8")
     done = here("init", "--method", "dpo", "--model", str(model_folder), "--data", "bad.jsonl", "--output", "new.yaml")
     assert done.returncode == 3 and "bad.jsonl:1: columns are `a`" in done.stderr and left() == {"bad.jsonl"}
+
+
+@pytest.mark.usefixtures("rows")
+def test_a_signal_while_the_recipe_is_checked_leaves_nothing(
+    here: Run, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(recipe: str, *more: object, **options: object) -> None:
+        assert Path(recipe).is_file()
+        raise Interrupted(signal.SIGINT, Problem("run", "stopped by SIGINT"))
+
+    monkeypatch.setattr(check, "command", stop)
+    done = here("init", "--method", "dpo", "--model", str(model_folder), "--data", "rows.jsonl", "--output", "new.yaml")
+    assert done.returncode == 130 and left() == set()
 
 
 def test_rows_that_the_check_refuses_leave_the_recipe_to_mend(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -183,3 +184,19 @@ def make(tiny: Path, tmp_path: Path, make_gates: Callable[..., Gates]) -> Callab
         return Built(recipe, parts, fit.BUILD[method](recipe, parts), rows, make_gates())
 
     return build
+
+
+@pytest.fixture
+def metadata(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Make the installed package need `needs`, and `versions` be what is installed."""
+
+    def fake(needs: list[str], **versions: str) -> None:
+        def version(name: str) -> str:
+            if name not in versions:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return versions[name]
+
+        monkeypatch.setattr(importlib.metadata, "requires", lambda name: needs)
+        monkeypatch.setattr(importlib.metadata, "version", version)
+
+    return fake
