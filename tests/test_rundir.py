@@ -393,7 +393,7 @@ def test_going_on_takes_back_what_came_after_the_checkpoint(tmp_path: Path) -> N
     for name in ("step-2", ".writing/checkpoint-4", ".writing/step-1"):
         (run / "checkpoints" / name).mkdir(parents=True)
     (run / "model.writing").mkdir()
-    for name in ("run.json.writing", "logs/after.json", "logs/before.json", "logs/live.json.writing"):
+    for name in ("run.json.writing", "report.html", "logs/after.json", "logs/before.json", "logs/live.json.writing"):
         (run / name).write_text("{}", encoding="utf-8")
     again = RunDir(run.path)
     again.claim()

@@ -306,7 +306,8 @@ class RunDir:
             self.update(status="running", resumed_from=checkpoint.name)
             self.cut_metrics(int(checkpoint.name.removeprefix("step-")))
             self._sweep()
-            remove(self.path / "logs" / "after.json")
+            for name in ("logs/after.json", "report.html"):
+                remove(self.path / name)
             if (self.path / "model").exists():  # of a run that ended before it was found to be the trained one
                 remove((self.path / "model").rename(self.path / f"model{WRITING}"))
 
