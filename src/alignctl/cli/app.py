@@ -121,6 +121,27 @@ def check(recipe: Recipe, overrides: Overrides = None, as_json: Json = False, de
 
 
 @app.command()
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option("--gpu-memory", metavar="SIZE", help="e.g. 24GiB; the GPU's here when not given.")
+    ] = None,
+    rows: Annotated[
+        Path | None, typer.Option("--rows", metavar="FILE", help="Rows (.jsonl) to take the lengths from.")
+    ] = None,
+    fix: Annotated[bool, typer.Option("--fix", help="Write a recipe beside that fits.")] = False,
+    as_json: Json = False,
+    measure: Annotated[bool, typer.Option("--measure", help="Load the model and time three steps.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Plan memory, line by line, and time, before anything is downloaded; and what to change when it does not fit."""
+    from alignctl.cli import plan
+
+    plan.command(recipe, overrides, gpu_memory=gpu_memory, rows=rows, fix=fix, as_json=as_json, measure=measure)
+
+
+@app.command()
 def inspect(
     recipe: Recipe,
     overrides: Overrides = None,
