@@ -25,6 +25,8 @@ from alignctl.terminal import harmless
 
 # Without a GPU to plan for, these GiB are looked at.
 USUAL = (8, 12, 16, 24, 48, 80)
+# Lines below this many bytes are counted, and not shown.
+SMALL = GIB // 200
 
 
 def command(
@@ -95,7 +97,7 @@ def _show(name: str, plan: Plan, here: Here | None, changes: list[Fix]) -> None:
         *(f"note: {note}" for note in plan.notes),
         "",
         f"  GiB  at the peak, which is in: {memory.phase}",
-        *map(_line, memory.lines),
+        *(_line(line) for line in memory.lines if line.bytes > SMALL),
         _line(Line("tensors", memory.allocated)),
         *map(_line, memory.around),
         _line(Line("needed", memory.needed)),

@@ -51,7 +51,7 @@ def command(
             signals.check()
             display = Display(user)
             if killed:
-                display.say(machine.killed(last))
+                display.say(machine.killed(last, run.record.get("memory", {})))
             if checkpoint is not None and loaded.recipe.gates.resume:
                 record.check(run, checkpoint, Gates(loaded.recipe, run, display.say))
             fit.fit(loaded, run, display, smoke=smoke, resume=checkpoint)

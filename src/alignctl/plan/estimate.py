@@ -16,11 +16,26 @@ from alignctl.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
+class Target:
+    """What is planned for: a GPU that computes in bfloat16, unless more is known.
+
+    Attributes:
+        dtype: that the device computes in; the recipe's without.
+        packed: whether batches are packed; without, whether the recipe and the architecture allow it.
+    """
+
+    cuda: bool = True
+    dtype: str | None = None
+    packed: bool | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a recipe takes. `batch` is the largest one, `work` that of a pass over rows of mean length."""
 
     recipe: Recipe
     shape: Shape
+    target: Target
     setup: Setup
     lengths: Lengths
     batch: Batch
@@ -39,15 +54,20 @@ class Plan:
 
     def fixes(self, free: int) -> list[Fix]:
         """Changes until the run needs no more than `free` bytes."""
-        return fixes.until_it_fits(
-            self.recipe, free, lambda changed: of(changed, self.shape, self.lengths).memory.needed
-        )
+
+        def needs(changed: Recipe) -> int:
+            return of(changed, self.shape, self.lengths, self.target).memory.needed
+
+        return fixes.until_it_fits(self.recipe, free, needs)
 
 
-def of(recipe: Recipe, shape: Shape, lengths: Lengths, *, cuda: bool = True, dtype: str | None = None) -> Plan:
-    """The plan of `recipe` for a GPU that computes in bfloat16, or for what else is said."""
-    how = setup.of(recipe, shape, cuda=cuda, dtype=dtype)
+GPU = Target()
+
+
+def of(recipe: Recipe, shape: Shape, lengths: Lengths, target: Target = GPU) -> Plan:
+    """The plan of `recipe` for `target`."""
+    how = setup.of(recipe, shape, cuda=target.cuda, dtype=target.dtype, packed=target.packed)
     largest = data.largest(lengths, recipe, packed=how.packed)
     usual = data.batch([lengths.mean] * recipe.training.per_device_train_batch_size, recipe, packed=how.packed)
     needs = memory.of(shape, how, largest)
-    return Plan(recipe, shape, how, lengths, largest, needs, duration.work(shape, how, usual))
+    return Plan(recipe, shape, target, how, lengths, largest, needs, duration.work(shape, how, usual))

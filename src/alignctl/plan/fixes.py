@@ -89,7 +89,7 @@ def _four_bits(recipe: Recipe) -> Changes:
 
 
 def _adapter(recipe: Recipe) -> Changes:
-    return {} if recipe.trains_adapter else {"lora": _ADAPTER, "quantization": _FOUR_BITS}
+    return {} if recipe.trains_adapter else {"lora": _ADAPTER}
 
 
 def _shorter(recipe: Recipe) -> Changes:
@@ -101,7 +101,7 @@ _IN_ORDER = (
     (_recomputed, "the same result, about a third slower"),
     (_smaller_batch, "the same update, in more passes"),
     (_small_states, "the optimizer's moments in 8 bits"),
-    (_four_bits, "frozen weights are rounded to 4 bits"),
     (_adapter, "an adapter is trained instead of all weights; it wants about ten times the learning rate"),
+    (_four_bits, "frozen weights are rounded to 4 bits"),
     (_shorter, "longer rows are dropped"),
 )

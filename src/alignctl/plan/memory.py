@@ -37,6 +37,7 @@ class Memory:
 
     phases: dict[str, list[Line]]
     host: int
+    cuda: bool = True
 
     @property
     def phase(self) -> str:
@@ -55,13 +56,15 @@ class Memory:
 
     @property
     def around(self) -> list[Line]:
-        """What a process takes besides its tensors."""
+        """What a process takes on a GPU besides its tensors."""
+        if not self.cuda:
+            return []
         lost = round(FRAGMENTATION * self.allocated)
         return [Line("CUDA context and kernels (assumed)", CONTEXT), Line("lost between blocks (assumed, 5 %)", lost)]
 
     @property
     def needed(self) -> int:
-        """Bytes that the GPU must have free."""
+        """Bytes that must be free."""
         return self.allocated + total(self.around)
 
 
@@ -77,7 +80,8 @@ def of(shape: Shape, setup: Setup, batch: Batch) -> Memory:
     phases = {"loading": _loading(shape, setup), **_passes(shape, setup, batch)}
     step = [gradients(shape, setup), Line("optimizer's step", _scratch(shape, setup))]
     phases["optimizer step"] = step
-    return Memory({name: [line for line in still + lines if line.bytes] for name, lines in phases.items()}, host)
+    there = {name: [line for line in still + lines if line.bytes] for name, lines in phases.items()}
+    return Memory(there, host, setup.cuda)
 
 
 def standing(shape: Shape, setup: Setup) -> list[Line]:
@@ -118,7 +122,7 @@ def _passes(shape: Shape, setup: Setup, batch: Batch) -> dict[str, list[Line]]:
     passing = Line("a block's pass", round(one.output * batch.tokens) + _unpacked(shape, setup))
     phases = {"forward": [*before, *held, *_wider(head, [passing])]}
     if setup.reference != "none":
-        head_again = [*head, Line("its hidden states", setup.compute * batch.supervised * shape.width)]
+        head_again = [*head, Line("reference's hidden states", setup.compute * batch.supervised * shape.width)]
         phases["reference's pass"] = [*before, *held, *_results(shape, setup, batch), *_wider(head_again, [passing])]
     if not setup.adapts:
         after = [line for line in held if not setup.checkpointing or line.name != COPIES]
@@ -168,17 +172,20 @@ def _held(shape: Shape, setup: Setup, batch: Batch, one: Block) -> list[Line]:
     held = _inputs(shape, setup, batch, one)
     if setup.checkpointing:
         held.append(Line(COPIES, _copies(shape, setup) * shape.layers))
-    copied = shape.family.norm == "rms" or one.input != 4 * shape.width
-    norm = (4 * shape.width if copied or not setup.checkpointing else one.input) + 8
-    norm += 0 if setup.adapts else 4 * shape.width
-    return [*held, Line("last norm", norm * batch.tokens)]
+    norm = 4 * shape.width + (8 if shape.family.norm == "layer" else 4)
+    norm += 4 * shape.width if not setup.adapts and shape.family.norm == "rms" else 0
+    places = 8 * batch.rows * batch.longest  # of the rows' tokens in the packed sequence
+    return [*held, Line("last norm", norm * batch.tokens), Line("places of tokens", places if setup.packed else 0)]
 
 
 def _results(shape: Shape, setup: Setup, batch: Batch) -> list[Line]:
     """What the head keeps: hidden states, and with frozen weights the gradient of each."""
     one = setup.compute * batch.supervised * shape.width
     head = 0 if setup.adapts or not setup.autocast else setup.compute * shape.embeddings()
-    return [Line("head: hidden states and their gradients", one * (2 if setup.adapts else 1)), Line("head: copy", head)]
+    return [
+        Line("head: what it keeps", one * (2 if setup.adapts else 1)),
+        Line("head: copy that is kept", head),
+    ]
 
 
 def _head(shape: Shape, setup: Setup, batch: Batch) -> list[Line]:

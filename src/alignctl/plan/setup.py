@@ -41,6 +41,7 @@ class Setup:
     accumulates: bool
     reference: Reference
     packed: bool
+    cuda: bool
 
     @property
     def autocast(self) -> bool:
@@ -56,7 +57,9 @@ class Setup:
         return self.compute if self.adapts else 4
 
 
-def of(recipe: Recipe, shape: Shape, *, cuda: bool = True, dtype: str | None = None) -> Setup:
+def of(
+    recipe: Recipe, shape: Shape, *, cuda: bool = True, dtype: str | None = None, packed: bool | None = None
+) -> Setup:
     """The setup of `recipe` on a GPU that computes in bfloat16, or on what else is said."""
     named = dtype or recipe.model.dtype
     wanted = recipe.training.gradient_checkpointing
@@ -72,7 +75,8 @@ def of(recipe: Recipe, shape: Shape, *, cuda: bool = True, dtype: str | None = N
         checkpointing=cuda if wanted == "auto" else wanted,
         accumulates=recipe.training.gradient_accumulation_steps > 1,
         reference=_reference(recipe),
-        packed=recipe.training.packed is not False and shape.known,
+        packed=recipe.training.packed is not False and shape.known if packed is None else packed,
+        cuda=cuda,
     )
 
 

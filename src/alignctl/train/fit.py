@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback
 
 from alignctl import rundir, secrets
 from alignctl.errors import DivergedError, Interrupted, MachineError, Problem, RecipeError
+from alignctl.plan import report
 from alignctl.recipe.load import Loaded
 from alignctl.recipe.schema import Recipe
 from alignctl.report import html
@@ -35,6 +36,7 @@ from alignctl.train import (
     orpo,
     outcome,
     packing,
+    planned,
     preflight,
     reference,
     sft,
@@ -105,6 +107,7 @@ def fit(loaded: Loaded, run: RunDir, display: Display, *, smoke: bool, resume: P
         job = assemble(loaded, run, display, smoke=smoke, resume=resume)
         with trackers.tracking(job.recipe, run, display.say, _step(resume)) as tracker:
             train(job, signals, resume, tracker)
+            note_memory(job)
             with verify.begin(run) if job.gates.on("reload") else contextlib.nullcontext() as reloading:
                 measure_after(job)
                 tracker.held_out(run, "after", job.trainer.state.global_step)
@@ -148,8 +151,10 @@ def assemble(loaded: Loaded, run: RunDir, display: Display, *, smoke: bool, resu
     if recipe.dpo is not None and recipe.dpo.precompute_ref_log_probs:
         with display.waiting("the reference's log-probabilities"):
             engine["reference_cache"] = _precompute(trainer, precision, train_rows, eval_rows)
+    plan = planned.plan(recipe, built, trainer, train_rows)
     run.update(
         **facts.record(recipe, built, trainer),
+        memory=report.record(plan) if plan is not None else {},
         engine=engine,
         versions=_versions(),
         git=_git(),
@@ -284,6 +289,20 @@ def _ask_labels(job: Job) -> None:
         with job.display.waiting("some training rows before training"):
             chosen, rejected = heldout.likelihoods(job.trainer, rows)
         outcome.labels(chosen, rejected, which, job.gates)
+
+
+def note_memory(job: Job) -> None:
+    """Put the measured peak beside the planned one; on a GPU, say when they are far apart.
+
+    On a CPU the resident memory holds libraries and freed blocks too, so that nothing follows from it.
+    """
+    memory = job.run.record.get("memory")
+    if not memory:
+        return
+    memory = memory | {"measured_gib": round(job.parts.machine.peak_memory_gib(), 3)}
+    job.run.update(memory=memory)
+    if job.parts.machine.kind == "cuda" and (said := report.missed(memory)):
+        job.display.say(f"note: {said}")
 
 
 def measure_after(job: Job) -> None:

@@ -14,12 +14,9 @@ from typing import Any
 import torch
 
 from alignctl.errors import MachineError, Problem
+from alignctl.plan.report import shortage
 
 GIB = 2**30
-LESS_MEMORY = (
-    "in order of least harm: training.gradient_checkpointing=true, a smaller training.per_device_train_batch_size "
-    "with more gradient_accumulation_steps, a `quantization:` section, a smaller data.max_length"
-)
 NEARLY_ALL = 0.8
 # How libraries say that memory ran out, where they have no error of its own for it.
 _NO_MEMORY = ("DefaultCPUAllocator: ", "Cannot allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -95,10 +92,12 @@ def host_memory_gib() -> float:
     return whole if limit == "max" else min(whole, int(limit) / GIB)
 
 
-def killed(last: dict[str, Any] | None) -> str:
-    """What is known of a run that was killed, from the last line of its metrics."""
+def killed(last: dict[str, Any] | None, memory: dict[str, Any]) -> str:
+    """What is known of a run that was killed, from the last line of its metrics and `memory` of its run.json."""
     if last is None:
         return "note: the run was killed before its first step"
     peak, there = last.get("peak_host_gib", 0.0), host_memory_gib()
     said = f"note: the run was killed after step {last['step']}, at a peak of {peak:.1f} of {there:.1f} GiB of memory"
-    return said + (f"; a system that runs out of memory does so — {LESS_MEMORY}" if peak > NEARLY_ALL * there else "")
+    if peak <= NEARLY_ALL * there:
+        return said
+    return f"{said}; a system that runs out of memory does so — {shortage(memory, peak)[1]}"

@@ -18,13 +18,14 @@ from transformers.pytorch_utils import Conv1D
 
 from alignctl import rundir
 from alignctl.errors import DataError, MachineError
+from alignctl.plan import report
 from alignctl.recipe.schema import Recipe
 from alignctl.rundir import STAND_IN, RunDir
 from alignctl.train import model as models
-from alignctl.train import trl_seam
+from alignctl.train import planned, trl_seam
 from alignctl.train.data import Rows
 from alignctl.train.gates import Gates
-from alignctl.train.machine import LESS_MEMORY, out_of_memory
+from alignctl.train.machine import out_of_memory
 from alignctl.train.parts import Parts
 from alignctl.train.tokenizer import template_hash
 
@@ -292,8 +293,10 @@ def memory(built: Built) -> None:
         if not (why := out_of_memory(error)):
             raise
         peak = built.parts.machine.peak_memory_gib()
-        said = f"{what} {'do' if size > 1 else 'does'} not fit: {why.rstrip('.')}. Peak so far {peak:.2f} GiB"
-        built.gates.stopped("memory", said, LESS_MEMORY, value=round(peak, 3), error=MachineError)
+        plan = planned.plan(built.recipe, built.parts, built.trainer, built.rows)
+        beside, way_out = report.shortage(report.record(plan) if plan is not None else {}, peak)
+        said = f"{what} {'do' if size > 1 else 'does'} not fit, {beside}: {why}"
+        built.gates.stopped("memory", said, way_out, value=round(peak, 3), error=MachineError)
     peak = built.parts.machine.peak_memory_gib()
     built.gates.passed("memory", f"{what} fit{'' if size > 1 else 's'}: peak {peak:.2f} GiB", value=round(peak, 3))
 

@@ -12,8 +12,10 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 
 from alignctl.errors import AlignctlError, MachineError, Problem, RecipeError
+from alignctl.plan import report
 from alignctl.rundir import RunDir
-from alignctl.train.machine import LESS_MEMORY, out_of_memory
+from alignctl.train import machine
+from alignctl.train.machine import out_of_memory
 
 
 @contextlib.contextmanager
@@ -51,12 +53,18 @@ def translated(run: RunDir | None = None) -> Iterator[None]:
         raise _no_model(error) from error
     except (OSError, SafetensorError, RuntimeError, MemoryError) as error:
         if said := out_of_memory(error):
-            raise MachineError(Problem("memory", said, LESS_MEMORY)) from error
+            raise MachineError(_out_of_memory(run, said)) from error
         if _disk_full(error):
             raise MachineError(_full(run)) from error
         if "huggingface.co" in str(error) or "is not a local folder" in str(error):
             raise _no_model(error) from error
         raise
+
+
+def _out_of_memory(run: RunDir | None, why: str) -> Problem:
+    memory = {} if run is None else run.record.get("memory") or {}
+    beside, way_out = report.shortage(memory, machine.detect().peak_memory_gib())
+    return Problem("memory", f"{beside}: {why}", way_out)
 
 
 def _full(run: RunDir | None) -> Problem:
