@@ -12,6 +12,7 @@ from typing import Any
 from alignctl import formats, rundir
 from alignctl.errors import Problem, RecipeError
 from alignctl.formats import Dropped, RowError
+from alignctl.formats.preference import best, by_prompt
 from alignctl.plan.activations import Batch
 from alignctl.recipe import tree
 from alignctl.recipe.load import Loaded
@@ -139,11 +140,16 @@ def _canonical(source: Source, recipe: Recipe) -> Iterator[dict[str, Any]]:
         )
     except (RowError, IndexError) as error:
         raise RecipeError(Problem(source.path, f"cannot be read as rows: {error}", "see docs/data.md")) from error
+    if shape.per_answer:
+        renamed = [dict(row) for _, row in by_prompt(("", row) for row in renamed)]
+        shape = formats.named("completions")
     for row in renamed:
         try:
             canonical = formats.read(shape, row)
+            if "answers" in canonical:
+                canonical = best(canonical, source.rejected, source.tie_margin or 0, "")
             yield dict(formats.chosen_dialogue(canonical) if recipe.method == "sft" and preference else canonical)
-        except (RowError, Dropped, KeyError):
+        except (RowError, Dropped):
             continue
 
 
@@ -164,7 +170,4 @@ def _row(row: dict[str, Any], recipe: Recipe) -> Row:
 
     if recipe.method == "sft":
         return Row(0, tokens("messages") or -(-len(row.get("text", "")) // CHARACTERS) or 1)
-    if "answers" in row:  # of which two are taken
-        sizes = sorted((-(-len(str(answer)) // CHARACTERS) for answer in row["answers"]), reverse=True)
-        return Row(tokens("prompt"), *sizes[:2])
     return Row(tokens("prompt"), tokens("chosen"), tokens("rejected"))
