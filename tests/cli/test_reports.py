@@ -43,6 +43,15 @@ def test_report_says_where_it_is(run_folder: Callable[..., Path], here: Here) ->
     assert {path.name for path in folder.iterdir()} == {"run.json", "logs", "samples.jsonl", "report.html"}
 
 
+def test_report_says_nothing_of_a_home_that_cannot_be_written(
+    run_folder: Callable[..., Path], alignctl: Here, tmp_path: Path
+) -> None:
+    folder = run_folder("mine")
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    done = alignctl("report", str(folder), MPLCONFIGDIR=str(tmp_path / "runs" / "mine" / "run.json"))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_report_of_what_is_no_run(tmp_path: Path, here: Here) -> None:
     done = here("report", str(tmp_path))
     assert done.returncode == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,6 +83,7 @@ def last(counts: list[float]) -> int:
 
 @contextmanager
 def _axes(key: str, below: str, beside: str) -> Iterator[tuple[Figure, Axes]]:
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where it keeps its fonts is no user's business
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
