@@ -229,6 +229,13 @@ def test_an_adapter_that_lacks_a_layer_is_refused(craft: Craft, tmp_path: Path) 
     refused(run, tmp_path / "out", RecipeError, r"the adapter lacks model.layers.1.mlp.up_proj.lora_B")
 
 
+def test_an_adapter_that_is_cut_off_is_refused(craft: Craft, tmp_path: Path) -> None:
+    run = craft()
+    file = run / "model" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    refused(run, tmp_path / "out", RecipeError, "its adapter cannot be read")
+
+
 def test_a_weight_that_the_base_does_not_have_is_named(craft: Craft, workshop: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(workshop / "base", base)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model, load_peft_weights
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -65,9 +66,18 @@ def updates(folder: Path, config: PreTrainedConfig, *, trusted: bool) -> Updates
         if id(layer.get_base_layer()) in tied:
             what = f"cannot be merged: {name} is adapted, and its weight is both embedding and head"
             raise RecipeError(Problem(str(folder), what, _OUT))
-    weights = _by_layer(load_peft_weights(str(folder), device="cpu"))
+    weights = _by_layer(_saved(folder))
     _same(layers, weights, folder)
     return Updates(layers, weights)
+
+
+def _saved(folder: Path) -> dict[str, Tensor]:
+    try:
+        saved: dict[str, Tensor] = load_peft_weights(str(folder), device="cpu")
+    except SafetensorError as error:
+        what = f"its adapter cannot be read: {error}"
+        raise RecipeError(Problem(str(folder), what, "alignctl verify looks at the whole of it")) from error
+    return saved
 
 
 def _is_tied(model: PreTrainedModel) -> bool:
