@@ -35,7 +35,7 @@ def test_a_long_answer_is_compared_at_its_start() -> None:
 
 
 def test_divergence_and_agreement_are_means_over_tokens(tmp_path: Path) -> None:
-    """p = (3/4, 1/4) and q = (1/2, 1/2) at one token, p = q at the next; the base has 1/4 and 3/4 at both.
+    """Two tokens: p = (3/4, 1/4) and q = (1/2, 1/2) at one, p = q at the other; the base is (1/4, 3/4).
 
     KL(p ‖ q) = 3/4·ln(3/2) + 1/4·ln(1/2); KL(p ‖ base) = 3/4·ln 3 + 1/4·ln(1/3) = 1/2·ln 3.
     """
