@@ -49,7 +49,7 @@ def watch() -> None:
     for name, kind in kinds.items():
         for event in set(events) & set(vars(kind)):
             setattr(kind, event, timed(name, getattr(kind, event)))
-    outcome.judge_before = timed("labels", outcome.judge_before)
+    fit._ask_labels = timed("labels", fit._ask_labels)
     outcome.judge_after = timed("length, answers", outcome.judge_after)
     verify.note_live = timed("reload", verify.note_live)
     verify.scan = timed("saved", verify.scan)

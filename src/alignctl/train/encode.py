@@ -146,7 +146,7 @@ def contents(row: Canonical) -> list[str]:
 
 
 def _said(row: Canonical, side: str) -> str:
-    return "\n".join(message["content"] for message in row[side]).strip()
+    return "\n".join(message["content"] for message in row[side])
 
 
 def _words(text: str) -> str:
