@@ -217,7 +217,7 @@ def evaluation() -> Callable[..., dict[str, Any]]:
                     "preferred": "So.",
                     "reference": given,
                     "tuned": given | {"text": name},
-                    "sampled": given,
+                    "drawn": given,
                 }
             ],
             "judges": [

@@ -59,7 +59,7 @@ def test_an_evaluation_of_the_held_out_rows_takes_the_place_of_the_runs_own(
     assert (banner.word, banner.tone) == ("better", "good")
     assert banner.reason.startswith("It tells 98 %")
     page = html.page(gather(run))
-    for said in ("87.5% (40.0% to 100.0%)", "+48.0 points (+40.0 to +50.0), p = 0.0005", "after, sampled"):
+    for said in ("87.5% (40.0% to 100.0%)", "+48.0 points (+40.0 to +50.0), p = 0.0005", "trained, drawn"):
         assert said in page
 
 

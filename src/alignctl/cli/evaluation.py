@@ -82,6 +82,7 @@ def command(
     with secrets.kept_out(folder), quiet.libraries(folder / "logs" / "libraries.log") as user:
         from alignctl.proof import evaluation, trained
         from alignctl.proof import tasks as harness
+        from alignctl.report import html
         from alignctl.train.display import Display
         from alignctl.train.translate import refused, translated
 
@@ -93,10 +94,12 @@ def command(
             wanted = evaluation.Wanted(data, against, samples, max_new_tokens, seed)
             work = evaluation.prepare(run, wanted)
             found = evaluation.evaluate(work, judges.appear(run), tasks, Display(sys.stderr) if json else display)
+        page = html.made(folder)
         if json:
             user.write(as_json(found) + "\n")
         else:
             show(display, found, run.run.path)
+            display.say(page)
 
 
 def show(display: Display, found: dict[str, Any], folder: Path) -> None:

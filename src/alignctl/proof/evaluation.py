@@ -228,10 +228,10 @@ def _answers(work: Work, compared: Compared, drawn: Sequence[Answer]) -> list[di
 def _rows(compared: Compared, asked: Asked) -> dict[str, Any]:
     """Row by row, in the order of the rows: what `alignctl compare` pairs."""
     out: dict[str, Any] = {"place": [asked.rows.place(i) for i in range(len(asked.rows))]}
-    names = ("chosen_logps_per_token", "rejected_logps_per_token") if asked.pairs else ("logps_per_token",)
     for model, measured in (("reference", compared.reference), ("tuned", compared.tuned)):
-        columns = measured.rows.per_token.tolist()
-        out[model] = dict(zip(names, columns, strict=True))
+        found = measured.rows.per_token
+        names = ("chosen_logps_per_token", "rejected_logps_per_token")
+        out[model] = dict(zip(names, found.tolist(), strict=True)) if asked.pairs else {"nll": (-found[0]).tolist()}
     return out
 
 

@@ -85,7 +85,7 @@ def _sampled(row: dict[str, Any]) -> Asked:
 
 def _evaluated(row: dict[str, Any]) -> Asked:
     """An answer of an evaluation."""
-    labels = {"reference": "before", "tuned": "after", "sampled": "after, sampled"}
+    labels = {"reference": "reference", "tuned": "trained", "drawn": "trained, drawn"}
     replies = tuple(_reply(label, table(row[key])) for key, label in labels.items() if key in row)
     return Asked(text(row.get("prompt")), text(row.get("preferred")), replies)
 

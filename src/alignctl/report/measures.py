@@ -150,6 +150,8 @@ def _own(run: Run) -> Evaluation:
 
 def _reason(summary: dict[str, Any]) -> str:
     """Why summary.json's verdict is what it is."""
+    if summary.get("reason"):
+        return text(summary["reason"])
     difference, spread = number(summary.get("difference")), interval(summary.get("difference_interval"))
     if difference is None or spread is None:
         return ""

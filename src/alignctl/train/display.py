@@ -27,7 +27,7 @@ _SHOWN = (
 # Rich would send what the libraries print through its live display, past the log that it belongs in.
 _OWN_STREAM: dict[str, Any] = {"redirect_stdout": False, "redirect_stderr": False}
 _MARKS = {"passed": ("✓", "green"), "warned": ("!", "yellow"), "stopped": ("✗", "red"), "off": ("–", "dim")}
-_COLOURS = {"better": "green", "no evidence": "yellow", "worse": "red"}
+_COLOURS = {"better": "green", "no evidence": "yellow", "worse": "red", "broken": "red"}
 
 
 def _grid(columns: int) -> Table:

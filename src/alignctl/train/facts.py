@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
 
 from alignctl import rundir, secrets
 from alignctl.recipe.schema import Recipe
-from alignctl.rundir import RunDir
+from alignctl.rundir import STAND_IN, RunDir
 from alignctl.train import arguments, dpo
 from alignctl.train import model as models
 from alignctl.train.data import Rows
@@ -168,7 +169,7 @@ def closing(
 ) -> None:
     """The verdict, two answers before and after, and the commands to go on with."""
     if "before" in summary:
-        display.outcome(summary["verdict"], _reason(summary), _numbers(summary))
+        display.outcome(summary["verdict"], summary["reason"], _numbers(summary))
     else:
         display.say(summary["verdict"])
     telling = sorted(samples, key=lambda s: s["after_tokens"] / max(1, s["before_tokens"]))
@@ -176,17 +177,13 @@ def closing(
     display.say(f"\nfinished in {seconds / 60:.1f} min: {run.path}")
     method = str(summary["method"])
     more = {"sft": ("dpo", f"model.adapter={run.path}", "go on with preferences from this adapter")}.get(method)
-    commands = [(f"cat {run / 'summary.json'}", "every number, with intervals")]
-    if samples:
-        commands += [(f"cat {run / 'samples.jsonl'}", "all answers before and after")]
+    if Path(run.record["model"]["name_or_path"]).is_relative_to((run / STAND_IN).absolute()):
+        return
+    commands = [(f"alignctl eval {run.path}", "did it get better? every number, with intervals")]
+    commands += [(f"alignctl chat {run.path} --compare", "talk to it, beside what it started from")]
     if more and run.record["model"]["trainable"] < run.record["model"]["parameters"]:
         commands += [(f"alignctl {more[0]} RECIPE {more[1]}", more[2])]
     display.next(commands)
-
-
-def _reason(summary: dict[str, Any]) -> str:
-    low, high = summary["difference_interval"]
-    return f"{summary['measure']} {summary['difference']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
 
 
 def _numbers(summary: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from alignctl.drift import LIMIT as DRIFT
 from alignctl.drift import of_dpo as dpo_drift
 from alignctl.errors import Interrupted, Problem
-from alignctl.evaluate import generation
+from alignctl.evaluate import generation, verdict
 from alignctl.evaluate.generation import Answer
 from alignctl.recipe.schema import Recipe
 from alignctl.train import model as models
@@ -33,9 +33,6 @@ LEAST_PAIRS = 12
 LN2 = math.log(2)
 NEAR_LN2 = 0.005
 LEAST_LOGS = 20
-DISTINCT = 0.5
-DISTINCT_FALL = 0.2
-STOP_FALL = 0.5
 _CUT_OFF = "no gradient reaches them: training.gradient_checkpointing=false shows whether that is the cause"
 _ROUNDED = "updates round away: raise training.learning_rate, or keep trained weights in float32"
 _PRECISION = "lower training.learning_rate, or set model.dtype=float32 to see whether precision is the cause"
@@ -341,14 +338,12 @@ def collapse(before: list[Answer], after: list[Answer], gates: Gates, step: int 
     said = (
         f"{new['stop_rate']:.0%} of {len(after)} answers end, and {new['distinct_2']:.0%} of their word pairs are new"
     )
-    repeats = new["distinct_2"] < DISTINCT and new["distinct_2"] < old["distinct_2"] - DISTINCT_FALL
-    runs_on = new["stop_rate"] <= old["stop_rate"] - STOP_FALL
     way_out = "a lower learning rate or fewer steps; look at samples.jsonl"
-    if repeats or runs_on:
+    if verdict.collapsed(before, after):
         said += f"; before training {old['stop_rate']:.0%} and {old['distinct_2']:.0%}"
-        gates.warned("answers", said, way_out, value=round(new["distinct_2"], 3), limit=DISTINCT, step=step)
+        gates.warned("answers", said, way_out, value=round(new["distinct_2"], 3), limit=verdict.DISTINCT, step=step)
     else:
-        gates.passed("answers", said, value=round(new["distinct_2"], 3), limit=DISTINCT, step=step)
+        gates.passed("answers", said, value=round(new["distinct_2"], 3), limit=verdict.DISTINCT, step=step)
 
 
 class Signals(TrainerCallback):

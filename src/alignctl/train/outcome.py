@@ -7,9 +7,9 @@ from typing import Any
 import numpy
 
 from alignctl import rundir
-from alignctl.evaluate import scores
+from alignctl.evaluate import scores, verdict
 from alignctl.evaluate.generation import Answer
-from alignctl.evaluate.scores import PairScores
+from alignctl.evaluate.scores import PairScores, RowScores
 from alignctl.recipe.schema import Recipe
 from alignctl.rundir import RunDir
 from alignctl.statistics import wilson
@@ -58,11 +58,20 @@ def outcome(recipe: Recipe, run: RunDir, held_out: Rows | None) -> tuple[dict[st
     ]
     summary = {
         "method": recipe.method,
-        **scores.verdict(found["before"], found["after"]),
+        **_judged(run, found, held_out),
         **{when: {"loss": measured[when]["loss"], **found[when].summary()} for when in measured},
         "samples": facts.sample_numbers(samples),
     }
     return summary, samples
+
+
+def _judged(run: RunDir, found: dict[str, PairScores | RowScores], held_out: Rows) -> dict[str, Any]:
+    """The verdict, its reason, and the paired difference that it comes from."""
+    judged = scores.verdict(found["before"], found["after"], held_out.column("key"))
+    given = {when: answers(run, when) for when in found}
+    broken = verdict.collapsed(given["before"], given["after"]) if given["after"] else ""
+    said = verdict.conclude([broken] if broken else [], [verdict.preference(judged)])
+    return judged | {"verdict": said.word, "reason": said.reason}
 
 
 def judge_before(run: RunDir, gates: Gates) -> None:
