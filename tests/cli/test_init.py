@@ -92,8 +92,7 @@ def test_missing_options_are_named_at_once(here: Run, tmp_path: Path, monkeypatc
         (("--gpu-memory", "much"), "--gpu-memory: is 'much' — a size such as 24GiB"),
         (("--output", "rows.jsonl"), "rows.jsonl: exists already — --output FILE with another name"),
         (("--output", "nowhere/r.yaml"), "nowhere/r.yaml: its folder does not exist"),
-        (("--from", "nowhere.yaml"), "nowhere.yaml: no such file"),
-        (("--from", "rows.jsonl", "--dialect", "swift"), "--dialect: is 'swift' — one of handbook, trl, axolotl"),
+        (("--from", "c.yaml"), "--model and --data: and --from contradict each other"),
     ],
 )
 @pytest.mark.usefixtures("rows")
@@ -132,6 +131,19 @@ def test_rows_that_the_check_refuses_leave_the_recipe_to_mend(
     assert done.returncode == 3 and "raise data.max_dropped" in done.stderr
     assert "written: new.yaml, but it does not pass `alignctl check` yet" in done.stdout
     assert left() == {"new.yaml", "r.yaml"} and load(Path("new.yaml")).recipe.method == "dpo"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--from", "nowhere.yaml"), "nowhere.yaml: no such file"),
+        (("--from", "rows.jsonl", "--dialect", "swift"), "--dialect: is 'swift' — one of handbook, trl, axolotl"),
+    ],
+)
+@pytest.mark.usefixtures("rows")
+def test_bad_options_of_from(here: Run, options: tuple[str, ...], said: str) -> None:
+    done = here("init", *options)
+    assert done.returncode == 2 and said in done.stderr and left() == set()
 
 
 def test_a_recipe_of_another_tool(here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from alignctl.errors import RecipeError
 from alignctl.init import convert, draft
 from alignctl.init.convert import Conversion
-from alignctl.recipe.load import load
 from alignctl.recipe.schema import Recipe
 
 HANDBOOK_DPO = """
@@ -228,7 +228,7 @@ def converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Convert:
         output = tmp_path / "r.yaml"
         output.write_text(draft.text(found.draft, found.head(file, output), found.tail(file)), encoding="utf-8")
         (tmp_path / "recipe.jinja").write_text(found.template or "", encoding="utf-8")
-        return found, load(output, method=found.method).recipe
+        return found, convert.accepted(output, found.method, file).recipe
 
     return run
 
@@ -413,6 +413,11 @@ def test_a_value_that_our_key_does_not_take_is_left_with_its_reason(converted: C
     assert "dpo.loss_weights" in found.left["rpo_alpha"]
 
 
+def test_keys_that_do_not_go_together_are_refused_by_the_name_of_the_other_recipe(converted: Convert) -> None:
+    with pytest.raises(RecipeError, match=r"config.yaml: dpo.loss_weights: must have as many numbers"):
+        converted(TRL_DPO.replace("[sigmoid, sft]", "sigmoid"))
+
+
 def test_lora_keys_without_an_adapter_are_not_used(converted: Convert) -> None:
     found, recipe = converted(HANDBOOK_DPO.replace("use_peft: true", "use_peft: false"), "dpo.yaml")
     assert recipe.lora is None and recipe.quantization is None
@@ -427,3 +432,17 @@ def test_what_was_left_stands_below_the_recipe(converted: Convert, tmp_path: Pat
     assert "\n# Not carried over from config.yaml:\n" in text
     assert "\n# lora_modules_to_save: adapters alone are trained\n" in text
     assert "  per_device_train_batch_size: 16  # micro_batch_size\n" in text
+
+
+ODD = (-1.5, ["a", 1], {"a": {"b": 1}})
+
+
+@pytest.mark.parametrize("text", [HANDBOOK_DPO, TRL_DPO, AXOLOTL_DPO, FACTORY_DPO])
+def test_whatever_stands_behind_a_key_the_recipe_is_one_or_the_refusal_says_why(converted: Convert, text: str) -> None:
+    given = yaml.safe_load(text)
+    for key in given:
+        for odd in ODD:
+            try:
+                converted(yaml.safe_dump(given | {key: odd}), method="dpo")
+            except RecipeError as refused:
+                assert all(problem.where.endswith("config.yaml") for problem in refused.problems), (key, odd, refused)

@@ -104,6 +104,9 @@ def init(
     """Write a commented recipe from a few answers, or from a recipe of another tool, and check it."""
     from alignctl.cli import init
 
+    beside = {"--model": model, "--data": data, "--eval-data": eval_data, "--chat-template": template}
+    if source is not None and any(beside.values()):
+        raise init.contradiction(beside)
     if source is not None:
         init.from_other(source, dialect, method, output)
     else:

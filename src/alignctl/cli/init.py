@@ -98,12 +98,20 @@ def from_other(path: Path, dialect: str | None, method: str | None, output: Path
         found.draft["model"]["chat_template"] = replace(found.draft["model"]["chat_template"], value=template.name)
     text = draft.text(found.draft, found.head(path, output), found.tail(path))
     with _beside_it(template, found.template), _written(output, text) as written:
-        load(written, method=found.method)
+        convert.accepted(written, found.method, path)
     for key, what in found.carried:
         typer.echo(harmless(f"✓ {key} → {what}"))
     for key, why in found.left.items():
         typer.echo(harmless(f"– {key}: not carried over: {why}"))
     typer.echo(f"\nwritten: {output} (from {found.dialect})\nnext: alignctl check {output}")
+
+
+def contradiction(options: dict[str, str | None]) -> RecipeError:
+    """What is said of options that are given beside `--from`."""
+    given = " and ".join(name for name, value in options.items() if value is not None)
+    return RecipeError(
+        Problem(given, "and --from contradict each other", "the other recipe says it; change the new one")
+    )
 
 
 def _at_a_terminal() -> bool:

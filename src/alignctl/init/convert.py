@@ -15,7 +15,7 @@ from alignctl.init import dialects, sets
 from alignctl.init.draft import Choice, Draft, shown
 from alignctl.recipe import tree
 from alignctl.recipe.foreign import FOREIGN, OWNED
-from alignctl.recipe.load import trl_arguments
+from alignctl.recipe.load import Loaded, load, trl_arguments
 from alignctl.recipe.schema import METHODS, SECTIONS
 
 DIALECTS = tuple(dialects.OWN)
@@ -98,10 +98,23 @@ def convert(file: Path, dialect: str | None, method: str | None) -> Conversion:
     missing = [f"{section}.{key}" for section, key in required.items() if key not in found.draft.get(section, {})]
     if missing:
         what = f"says nothing that could be {' or '.join(missing)} here"
-        raise RecipeError(Problem(str(file), what, "is it a recipe for training?"))
+        about = [Problem(str(file), f"{key}: {why}") for key, why in found.left.items() if why.startswith((*missing,))]
+        raise RecipeError(Problem(str(file), what, "is it a recipe for training?"), *about)
     found.draft = {section: _sorted(section, found.draft[section]) for section in _ORDER if section in found.draft}
     found.carried.sort(key=lambda each: list(values).index(each[0]) if each[0] in values else len(values))
     return found
+
+
+def accepted(written: Path, method: str, file: Path) -> Loaded:
+    """The recipe that was written from `file`.
+
+    Raises:
+        RecipeError: two keys that were carried over do not go together.
+    """
+    try:
+        return load(written, method=method)
+    except RecipeError as error:
+        raise RecipeError(*(Problem(str(file), each.what, each.way_out) for each in error.problems)) from error
 
 
 def _sorted(section: str, choices: dict[str, Choice]) -> dict[str, Choice]:
@@ -112,12 +125,11 @@ def _sorted(section: str, choices: dict[str, Choice]) -> dict[str, Choice]:
 def _rows(found: Conversion, values: dict[str, Any], file: Path) -> set[str]:
     """The data sets; returns the keys that speak of them."""
     given = sets.find(found.dialect, values, file)
-    for part, sources in (("train", given.train), ("eval", given.eval)):
-        if sources:
-            found.draft.setdefault("data", {})[part] = Choice(
-                sources, "; ".join(given.notes) if part == "train" else ""
-            )
-            found.carried.append((given.key, f"data.{part}: {shown(sources)}"))
+    notes = "; ".join(given.notes)
+    if given.train:
+        found.put("data.train", given.train, given.key, notes)
+    if given.eval:
+        found.put("data.eval", given.eval, given.key)
     found.left |= given.left
     if given.fraction is not None:
         found.put("data.eval_fraction", given.fraction, given.key)
@@ -234,7 +246,7 @@ def _template(found: Conversion, key: str, value: Any) -> None:
     if isinstance(value, str) and "{%" in value:
         found.put("model.chat_template", "recipe.jinja", key, "as a file of its own")
         found.template = value
-    elif value in _NAMES:
+    elif isinstance(value, str) and value in _NAMES:
         found.put("model.chat_template", _NAMES[value], key)
     elif value == "tokenizer_default" or found.dialect == "llamafactory":
         found.put("model.chat_template", "model", key, f"{value}: the tokenizer's own")

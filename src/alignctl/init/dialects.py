@@ -68,7 +68,7 @@ def method(dialect: str, values: Values, file: Path) -> str:
 
 
 def _stage(name: Any, key: str, file: Path) -> str:
-    if name not in STAGES:
+    if not isinstance(name, str) or name not in STAGES:
         what = f"{key}: {name!r} is no method that alignctl has"
         raise RecipeError(Problem(str(file), what, f"it has {', '.join(METHODS)}"))
     return STAGES[name]

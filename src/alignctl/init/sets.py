@@ -79,10 +79,10 @@ def find(dialect: str, values: Values, file: Path) -> Sets:
 def _mixer(values: Values) -> Sets:
     """The handbook's older way: every set with the same splits, and a fraction of each."""
     found = Sets("dataset_mixer", {"dataset_mixer", "dataset_splits", "dataset_configs"})
-    given, configs = values["dataset_mixer"], values.get("dataset_configs") or []
+    given, configs = values["dataset_mixer"], _names(values.get("dataset_configs"))
     for number, (path, fraction) in enumerate(given.items() if isinstance(given, dict) else []):
         name = configs[number] if number < len(configs) else None
-        for split in values.get("dataset_splits") or ["train", "test"]:
+        for split in _names(values.get("dataset_splits")) or ["train", "test"]:
             found.add({"path": str(path), "name": name, "split": split})
         if fraction != 1:
             found.left[f"dataset_mixer.{path}"] = f"a fraction of {fraction}; `take` gives a number of rows here"
