@@ -96,6 +96,17 @@ def test_trainers_that_do_not_import(monkeypatch: Patch, metadata: Callable[...,
     assert found.way_out == "pip install 'trl<1.17,>=1.16'"
 
 
+def test_without_torch_what_computes_is_not_asked(monkeypatch: Patch) -> None:
+    def fail(name: str) -> None:
+        raise OSError("libcudart.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = states(checkup.examine())
+    assert found["imports"] == "broken" and {"python", "disk.runs", "hub"} <= found.keys()
+    assert not {"gpu", "memory", "bfloat16", "attention", "bitsandbytes", "threads"} & found.keys()
+
+
 def test_the_trainers_import() -> None:
     assert checkup.imports().state == "ok"
 

@@ -70,6 +70,11 @@ def test_4_bits_without_bitsandbytes() -> None:
     assert "recipe.quantization" not in examined(recipe(), HUB, BITS)
 
 
+def test_where_the_trainers_cannot_be_imported_only_the_model_is_looked_for() -> None:
+    broken = Check("imports", "broken", "the trainers: ImportError")
+    assert examined(recipe(), HUB, broken).keys() == {"recipe.model"}
+
+
 @pytest.mark.parametrize(
     ("name", "hub", "state"),
     [

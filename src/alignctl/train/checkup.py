@@ -58,8 +58,17 @@ class Check:
 
 def examine() -> list[Check]:
     """Every check of the machine, in order; one that fails itself is a gap with its error."""
-    every = (python, packages, imports, gpu, memory, precision, attention, bitsandbytes, threads, disk, hub)
+    computing = (gpu, memory, precision, attention, bitsandbytes, threads) if _has_torch() else ()
+    every = (python, packages, imports, *computing, disk, hub)
     return [check for ask in every for check in asked(ask)]
+
+
+def _has_torch() -> bool:
+    """Whether torch can be imported at all; `imports` says why not."""
+    with contextlib.suppress(Exception):
+        importlib.import_module("torch")
+        return True
+    return False
 
 
 def asked(ask: Callable[[], Check | Iterable[Check]]) -> list[Check]:

@@ -11,7 +11,10 @@ from alignctl.train.checkup import Check, State, asked
 
 
 def examine(recipe: Recipe, here: list[Check]) -> list[Check]:
-    """Every demand of `recipe` that can be told without loading its model; `here` is what the machine has."""
+    """Every demand of `recipe` that can be told without loading its model; `here` is what the machine has.
+
+    Where the trainers cannot be imported, that comes first.
+    """
 
     def dtype() -> Check:
         from alignctl.train import machine
@@ -36,7 +39,9 @@ def examine(recipe: Recipe, here: list[Check]) -> list[Check]:
         cost = f"{taken} takes its place, and keeps its states in 32 bits"
         return Check("recipe.optimizer", "gap", f"{wanted} needs CUDA", cost, "a GPU, or leave it so")
 
-    checks = [check for ask in (dtype, tracker, optimizer) for check in asked(ask)]
+    importable = all(check.state == "ok" for check in here if check.name == "imports")
+    computing = (dtype, tracker, optimizer) if importable else ()
+    checks = [check for ask in computing for check in asked(ask)]
     four_bits = [_as_demand(check) for check in here if check.name == "bitsandbytes"]
     return [*checks, *(four_bits if recipe.quantization else []), *asked(lambda: model(recipe, here))]
 
