@@ -133,6 +133,8 @@ def _rows(found: Conversion, values: dict[str, Any], file: Path) -> set[str]:
     found.left |= given.left
     if given.fraction is not None:
         found.put("data.eval_fraction", given.fraction, given.key)
+    others = [key for key in values if key in given.keys and key != given.key]
+    found.carried += [(key, "the sources of data.train and data.eval") for key in others]
     return given.keys
 
 
