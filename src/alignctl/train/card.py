@@ -14,7 +14,7 @@ _TITLES = {"sft": "supervised fine-tuning", "dpo": "Direct Preference Optimizati
 
 
 # A name on the hub, which refuses a card that gives anything else as the base.
-_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def text(recipe: Recipe, record: dict[str, Any], summary: dict[str, Any], merged: str = "") -> str:
