@@ -71,6 +71,14 @@ def test_a_block_of_mistral_by_hand(made: Callable[..., Setup], packaged: Callab
     assert (found.first, found.input) == (2 * 4096, 2 * 4096)
 
 
+def test_only_what_an_adapter_reads(made: Callable[..., Setup], packaged: Callable[..., Any]) -> None:
+    """With adapters on q_proj and v_proj alone the MLP's inputs are not kept."""
+    name = "mistralai/Mistral-7B-v0.1"
+    every, two = (made(name, lora=lora) for lora in ({}, {"target_modules": ["q_proj", "v_proj"]}))
+    all_of_it, less = (block(packaged(name), setup, 1.0).kept for setup in (every, two))
+    assert all_of_it - less == 2 * 4096 + 2 * 14336 + 5 * 2 * 16
+
+
 def test_a_block_of_phi_by_hand(made: Callable[..., Setup], packaged: Callable[..., Any]) -> None:
     """LayerNorm gives float32 under autocast, and a 4-bit layer gives what it was given."""
     found = block(packaged("microsoft/phi-2"), made(), 1.0)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import simulated
-from transformers import MistralConfig, PhiConfig, PreTrainedConfig
+from transformers import LlamaConfig, MistralConfig, PhiConfig, PreTrainedConfig
 
 from alignctl.plan import memory, shape
 from alignctl.plan.activations import Batch
@@ -23,6 +23,9 @@ def config(name: str, layers: int) -> PreTrainedConfig:
     if name == "mistral":
         sizes = {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 32000, "num_key_value_heads": 8}
         return MistralConfig(**sizes, num_hidden_layers=layers)
+    if name == "smollm":  # its head is its embeddings
+        sizes = {"hidden_size": 576, "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True}
+        return LlamaConfig(**sizes, num_attention_heads=9, num_key_value_heads=3, num_hidden_layers=layers)
     made = PhiConfig(hidden_size=2560, intermediate_size=10240, vocab_size=51200, num_hidden_layers=layers)
     made.rope_parameters["partial_rotary_factor"] = 0.4
     return made
@@ -57,7 +60,7 @@ def test_the_peak_of_a_step(made: Callable[..., Setup], name: str, how: str, che
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mistral", "phi"])
+@pytest.mark.parametrize("name", ["mistral", "phi", "smollm"])
 @pytest.mark.parametrize("how", ["qlora", "lora", "full"])
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize(("pairs", "prompt", "answer"), [(1, 128, 256), (4, 512, 512)])

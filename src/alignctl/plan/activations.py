@@ -75,7 +75,7 @@ def block(shape: Shape, setup: Setup, keys: float) -> Block:
         recompute=product + wide + 2 * into + 2 * grown + setup.compute * shape.width,
         backward=(3 * mlp_product - setup.compute) * _inner(shape) + 2 * grown,
         unpacking=setup.compute * _inner(shape) + grown,
-        first_norm=(4 * shape.width + 4) if setup.adapts and formats.embedded != 4 else 0,
+        first_norm=4 * shape.width + 4 if setup.adapts and formats.stream != 4 else 0,
     )
 
 
@@ -100,12 +100,10 @@ def _inner(shape: Shape) -> int:
 
 def _norms(shape: Shape, setup: Setup, formats: _Formats) -> float:
     """Norms keep their input in float32; a trained one keeps what it scaled, too."""
-    wide, out = 4 * shape.width, 0.0
-    for number in range(shape.family.norms):
-        copied = formats.stream != 4
-        out += (wide if copied or number else 0) + (8 if shape.family.norm == "layer" else 4)
-        if not setup.adapts and shape.family.norm == "rms":
-            out += formats.stream * shape.width
+    inputs = shape.family.norms - (formats.stream == 4)  # the first one's is the block's own
+    out = 4.0 * shape.width * inputs + (8 if shape.family.norm == "layer" else 4) * shape.family.norms
+    if not setup.adapts and shape.family.norm == "rms":
+        out += formats.stream * shape.width * shape.family.norms
     if shape.family.head_norms:
         out += (4 if setup.compute == 2 else 0) * (shape.queries + shape.keys) + 4 * (shape.heads + shape.key_heads)
     return out
@@ -150,7 +148,8 @@ def _mlp(shape: Shape, setup: Setup, formats: _Formats) -> tuple[float, int]:
         out, product = out + (3 * wide + made) * inner, wide
     else:
         out, product = out + made * inner, made
-    return out + setup.compute * inner, product
+    _, adapted = _reading(shape, setup, "mlp", slice(None))
+    return out + (setup.compute * inner if adapted or not setup.adapts else 0), product
 
 
 def _passing(shape: Shape, formats: _Formats) -> int:
