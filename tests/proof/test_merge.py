@@ -138,6 +138,14 @@ def test_files_are_as_large_as_allowed(craft: Craft, tmp_path: Path) -> None:
     assert torch.equal(logits(plain(tmp_path / "out")), logits(plain(tmp_path / "whole")))
 
 
+def test_an_empty_folder_is_filled(craft: Craft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = craft()
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    merged(run, Path())
+    assert (tmp_path / "out" / "model.safetensors").is_file() and not list(tmp_path.glob("*.writing"))
+
+
 def test_tied_embeddings_stay_tied(craft: Craft, workshop: Path, tmp_path: Path) -> None:
     base = tied(workshop, tmp_path)
     merged(craft(base), tmp_path / "out")

@@ -111,7 +111,8 @@ def merge(asked: Wanted, display: Display, size: int | str = shards.SIZE) -> Agr
     """
     plan = _plan(asked)
     _check_room(asked, plan)
-    beside = asked.out.with_name(asked.out.name + WRITING)
+    out = asked.out.absolute()
+    beside = out.with_name(out.name + WRITING)
     rundir.remove(beside)
     beside.mkdir(parents=True)
     try:
@@ -127,8 +128,7 @@ def merge(asked: Wanted, display: Display, size: int | str = shards.SIZE) -> Agr
         _judge(asked, found)
         _document(asked, plan, beside, found, rowset)
         flush(beside)
-        asked.out.mkdir(exist_ok=True, parents=True)
-        beside.replace(asked.out)
+        beside.replace(out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return found
