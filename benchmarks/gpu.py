@@ -5,7 +5,12 @@ NF4 base with the same float32 adapter, and recompute activations. A row is a ra
 longest pair of a batch has the length that is asked for, and the other answers are shorter. The trainers run one after
 the other, each over the whole grid; what does not fit is "OOM".
 
+With `--grid` only alignctl's trainers run, over models, methods and with and without recomputed activations, and the
+peak of every cell stands beside the planned one. Cells that the JSON file holds are not measured again, so that the
+grid can be filled in several calls.
+
 python benchmarks/gpu.py --model phi-2 --method dpo --json phi2-dpo.json
+python benchmarks/gpu.py --grid --json grid.json --minutes 9
 """
 
 from __future__ import annotations
@@ -64,6 +69,7 @@ MODELS: dict[str, tuple[type[Config], dict[str, Any]]] = {
         },
     ),
 }
+METHODS = ["sft", "dpo", "orpo"]
 TIMED = 3
 
 
@@ -145,7 +151,8 @@ def random_rows(count: int, length: int, args: argparse.Namespace) -> list[Batch
 def start(engine: str, recipe: Recipe, parts: Parts) -> tuple[Trainer, dict[str, torch.Tensor]]:
     """A trainer that `train()` has set up, and its adapter as it was before."""
     trainer = pairs.build(engine, recipe, parts)
-    adapter = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trained = [(name, p) for name, p in trainer.model.named_parameters() if p.requires_grad]
+    adapter = {name: p.detach().to("cpu", copy=True) for name, p in trained}
     trainer.train()
     return trainer, adapter
 
@@ -244,15 +251,24 @@ def parsed() -> argparse.Namespace:
         return [int(part) for part in text.split(",")]
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(MODELS), default="phi-2")
-    parser.add_argument("--method", choices=["dpo", "orpo"], default="dpo")
+    parser.add_argument("--model", choices=list(MODELS), help="default: phi-2; with --grid all")
+    parser.add_argument("--method", choices=["sft", "dpo", "orpo"], help="default: dpo; with --grid all")
     parser.add_argument("--batch", type=numbers, default=[1, 2, 4, 8], help="pairs in a batch, e.g. 1,2,4,8")
     parser.add_argument("--length", type=numbers, default=[512, 1024, 2048], help="tokens of prompt and answer")
     parser.add_argument("--prompt-share", type=float, default=0.5, help="of the length is the prompt")
     parser.add_argument("--shortest", type=float, default=0.25, help="answer, as a share of the longest")
     parser.add_argument("--json", type=Path, help="written after every cell")
     parser.add_argument("--tiny", action="store_true", help="two layers of width 64 in float32, also on a CPU")
-    return parser.parse_args()
+    parser.add_argument("--grid", action="store_true", help="plan and measured peak of every cell, ours alone")
+    parser.add_argument("--recompute", choices=["on", "off"], help="with --grid: only with, or only without")
+    parser.add_argument("--minutes", type=float, default=600.0, help="with --grid: start no cell after so many")
+    args = parser.parse_args()
+    if not args.grid and (args.method == "sft" or args.recompute):
+        parser.error("--method sft and --recompute go with --grid")
+    args.models, args.methods = [args.model] if args.model else list(MODELS), [args.method] if args.method else METHODS
+    args.checkpointing = [args.recompute == "on"] if args.recompute else [True, False]
+    args.model, args.method = args.models[0], args.method or "dpo"
+    return args
 
 
 def measure(args: argparse.Namespace, where: machine.Machine, scratch: Path, found: dict[str, Any]) -> None:
@@ -275,6 +291,11 @@ def measure(args: argparse.Namespace, where: machine.Machine, scratch: Path, fou
 
 def main() -> None:
     args = parsed()
+    if args.grid:
+        import grid
+
+        grid.run(args)
+        return
     where = pairs.pick(None if args.tiny else "cuda")
     cells = [{"batch": batch, "length": length} for length in args.length for batch in args.batch]
     found = pairs.facts(where) | {"settings": vars(args) | {"json": str(args.json)}, "cells": cells}

@@ -10,6 +10,8 @@ import tempfile
 from pathlib import Path
 
 BAD = "model: {name_or_path: x, dtpe: auto}\ndata: {train: []}\ntraining: {learning_rate: fast}\ndpo: {}\n"
+RECIPES = ("phi2-ultrafeedback", "mistral7b-zephyr-dpo")
+PLANS = [(name, "--gpu-memory", f"{size}GiB") for name in RECIPES for size in (8, 12, 16, 24)]
 REPEATS = 5
 
 
@@ -29,6 +31,7 @@ def main() -> None:
             [str(here / "alignctl"), "--help"],
             [str(here / "alignctl"), "dpo", "--help"],
             [str(here / "alignctl"), "dpo", str(bad)],
+            *([str(here / "alignctl"), "plan", *given] for given in PLANS),
             [str(here / "trl"), "dpo", "--help"],
         ]
         print("| command | CPU seconds, median of", REPEATS, "|\n|---|---|")

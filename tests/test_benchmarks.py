@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -74,6 +75,54 @@ def test_gpu_grid(tmp_path: Path) -> None:
         assert at["loss_difference"] < 1e-4 and at["ratio"] > 0
         assert len(set(at["ours"]["losses"])) > 1
     assert len(done.stdout.strip().splitlines()) == 6
+
+
+@pytest.fixture
+def grid(gpu: ModuleType) -> ModuleType:
+    """benchmarks/grid.py as a module."""
+    import grid
+
+    return grid
+
+
+def test_plan_and_measured_grid(
+    tmp_path: Path, gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cut into calls; on a CPU nothing is measured."""
+    file = tmp_path / "grid.json"
+
+    def call(*more: str) -> str:
+        given = ["--grid", "--tiny", "--length", "24", "--model", "phi-2", "--recompute", "on", "--json", str(file)]
+        monkeypatch.setattr(sys, "argv", ["gpu.py", *given, *more])
+        gpu.main()
+        return capsys.readouterr().out
+
+    assert "out of time with 3 cells left" in call("--batch", "2", "--minutes", "0")
+    call("--batch", "2", "--method", "sft")
+    out = call("--batch", "1,2")
+    cells = json.loads(file.read_text())["cells"]
+    wanted = [("sft", 2), ("sft", 1), *((method, batch) for method in ("dpo", "orpo") for batch in (1, 2))]
+    assert [(at["method"], at["batch"]) for at in cells] == wanted
+    for at in cells:
+        assert at["result"] == "ok" and at["planned_gib"] > 0 and at["tokens"][0] == at["tokens"][1]
+        assert sum(line["bytes"] for line in at["lines"]) == pytest.approx(at["planned_gib"] * 2**30)
+    assert out.count("| no GPU | no GPU | no GPU |") == 6 and "out of time" not in out
+
+
+def test_a_cell_beside_its_plan(grid: ModuleType, gpu: ModuleType) -> None:
+    args = Namespace(method="dpo", tiny=False, model="phi-2", prompt_share=0.5, shortest=0.25)
+    kind, sizes = gpu.MODELS["phi-2"]
+    rows = grid.rows_of(2, 64, args)
+    plan = grid.planned(gpu.recipe_of(args, Path("none")), kind(**sizes).to_dict(), rows, args)
+    assert plan.setup.trains == "adapter on 4 bits" and plan.shape.parameters() == 2_779_683_840
+    assert plan.batch.tokens == sum(len(ids) for row in rows for ids in row.values())
+    peak = {"before": 0, "allocated": plan.memory.allocated / 2**20 / 1.25, "reserved": 4096}
+    at = {"model": "phi-2", "method": "dpo", "checkpointing": True, "length": 64, "batch": 2}
+    full = at | grid.compared(plan, {"result": "ok", "peak_mib": peak})
+    assert full["ratio"] == pytest.approx(1.25)
+    text = grid.table([full, at | grid.compared(plan, {"result": "OOM"})])
+    assert "| 4.00 | 1.25 |" in text and "| out of memory | out of memory | out of memory |" in text
+    assert "1 cells measured, ratios from 1.25 to 1.25" in text
 
 
 def test_gpu_needs_cuda() -> None:

@@ -159,6 +159,8 @@ def _shares(plan: Plan) -> list[str]:
 
 def span(seconds: float) -> str:
     """Seconds in words."""
+    if seconds < 0.95:
+        return f"{seconds * 1000:.0f} ms"
     if seconds < 90:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -80,13 +80,15 @@ def of(loaded: Loaded, file: Path | None) -> Lengths:
     """
     if file is not None:
         return _counted([Source(path=str(file))], loaded.recipe)
-    noted = _noted(Path("runs") / loaded.name, loaded)
-    if noted is not None:
-        return noted
-    train = loaded.recipe.data.train
+    return _noted(Path("runs") / loaded.name, loaded) or of_recipe(loaded.recipe)
+
+
+def of_recipe(recipe: Recipe) -> Lengths:
+    """From the recipe's own files where they are at hand, else what is at most."""
+    train = recipe.data.train
     if all(source.path.endswith((".jsonl", ".json")) and Path(source.path).is_file() for source in train):
-        return _counted(train, loaded.recipe)
-    return at_most(loaded.recipe)
+        return _counted(train, recipe)
+    return at_most(recipe)
 
 
 def at_most(recipe: Recipe) -> Lengths:
