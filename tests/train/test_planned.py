@@ -29,13 +29,13 @@ Assembled = tuple[Recipe, Parts, Any, data.Rows]
 def assembled(tmp_path: Path) -> Callable[..., Assembled]:
     """Recipe, parts, trainer and rows of a run of `method` on a tiny model of some architecture."""
 
-    def build(method: str = "dpo", name: str = "tiny-llama", **training: Any) -> Assembled:
+    def build(method: str = "dpo", name: str = "tiny-llama", *, full: bool = False, **training: Any) -> Assembled:
         file = tmp_path / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
         source = {"path": str(file), **({"answer": "chosen"} if method == "sft" else {})}
         values: dict[str, Any] = {
             "model": {"name_or_path": name, "dtype": "float32"},
-            "lora": {"r": 4},
+            **({} if full else {"lora": {"r": 4}}),
             "data": {"train": [source]},
             "training": {"learning_rate": 1e-4, "per_device_train_batch_size": 2, **training},
             method: {},
@@ -63,6 +63,18 @@ def test_a_plan_of_what_was_built(assembled: Callable[..., Assembled], name: str
     held = {line.name: line.bytes for line in plan.memory.lines}
     assert (held["weights"], held["adapters"], held["optimizer state"]) == (4 * base, 4 * sum(lora), 8 * sum(lora))
     assert (plan.setup.packed, plan.setup.cuda, plan.setup.checkpointing) == (True, False, False)
+
+
+def test_a_second_model_is_frozen(assembled: Callable[..., Assembled]) -> None:
+    """Else autocast holds 16-bit copies of all its matrices while the policy's activations are there."""
+    recipe, parts, trainer, rows = assembled(full=True)
+    plan = planned.plan(recipe, parts, trainer, rows)
+    assert plan is not None
+    assert not any(p.requires_grad for p in trainer.ref_model.parameters())
+    assert all(p.requires_grad for p in trainer.model.parameters())
+    held = {line.name: line.bytes for line in plan.memory.lines}
+    size = 4 * sum(p.numel() for p in trainer.model.parameters())
+    assert held["weights"] == held["reference: second model"] == held["optimizer state"] // 2 == size
 
 
 def test_a_plan_of_the_rows(assembled: Callable[..., Assembled]) -> None:
