@@ -70,6 +70,13 @@ def test_the_peak_of_larger_steps(
     check(made(), name, how, checkpointing=checkpointing, layers=4, pairs=pairs, prompt=prompt, answer=answer)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mistral", "phi"])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_peak_of_whole_models(made: Callable[..., Setup], name: str, checkpointing: bool) -> None:
+    check(made(), name, "qlora", checkpointing=checkpointing, layers=32, pairs=4, prompt=512, answer=512)
+
+
 BATCH = Batch(rows=8, longest=1024, tokens=6144, keys=8192, supervised=4096)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 from pathlib import Path
@@ -45,13 +46,13 @@ def command(
     loaded = load(path, overrides)
     plan = estimate.of(loaded.recipe, config.shape_of(loaded.recipe.model), data.of(loaded, rows))
     changes = plan.fixes(here.memory) if here is not None else []
-    measured = _measured(loaded) if measure else None
     if as_json:
+        measured = _measured(loaded, shown=False) if measure else None
         typer.echo(json_text(_values(plan, here, changes) | {"measured": measured}))
     else:
         _show(loaded.name, plan, here, changes)
-        if measured:
-            _show_measured(plan, measured)
+        if measure:
+            _show_measured(plan, _measured(loaded, shown=True))
     if here is not None and plan.memory.needed > here.memory:
         _way_out(loaded, path, plan, here, changes, write=fix)
     elif fix and here is None:
@@ -190,12 +191,13 @@ def _values(plan: Plan, here: Here | None, changes: list[Fix]) -> dict[str, Any]
     }
 
 
-def _measured(loaded: Loaded) -> dict[str, float]:
-    """Three steps of the recipe, timed, in a folder that is gone afterwards."""
-    with tempfile.TemporaryDirectory() as scratch, quiet.libraries(Path(os.devnull)):
+def _measured(loaded: Loaded, *, shown: bool) -> dict[str, float]:
+    """Three steps of the recipe, timed, in a folder that is gone afterwards; `shown` with what a run shows."""
+    with tempfile.TemporaryDirectory() as scratch, quiet.libraries(Path(os.devnull)) as out:
         from alignctl.train import measure
+        from alignctl.train.display import Display
 
-        return measure.three_steps(loaded, Path(scratch) / "run")
+        return measure.three_steps(loaded, Path(scratch) / "run", Display(out if shown else io.StringIO()))
 
 
 def _show_measured(plan: Plan, measured: dict[str, float]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,7 @@ class _Clock(TrainerCallback):
         self.times.append(time.monotonic())
 
 
-def three_steps(loaded: Loaded, folder: Path) -> dict[str, float]:
+def three_steps(loaded: Loaded, folder: Path, display: Display) -> dict[str, float]:
     """Seconds of a step, the median of three behind a first one, and the peak so far in GiB; written to `folder`.
 
     Raises:
@@ -42,7 +41,7 @@ def three_steps(loaded: Loaded, folder: Path) -> dict[str, float]:
     run.create({"command": "alignctl plan --measure"}, overwrite=False)
     try:
         with translated(run):
-            job = fit.assemble(replace(loaded, recipe=recipe), run, Display(sys.stderr), smoke=False)
+            job = fit.assemble(replace(loaded, recipe=recipe), run, display, smoke=False)
             job.trainer.add_callback(clock)
             job.trainer.train()
     finally:
