@@ -18,11 +18,11 @@ from transformers.pytorch_utils import Conv1D
 
 from alignctl import rundir
 from alignctl.errors import DataError, MachineError
-from alignctl.plan import report
+from alignctl.plan import report, weights
 from alignctl.recipe.schema import Recipe
 from alignctl.rundir import STAND_IN, RunDir
+from alignctl.train import arguments, planned, trl_seam
 from alignctl.train import model as models
-from alignctl.train import planned, trl_seam
 from alignctl.train.data import Rows
 from alignctl.train.gates import Gates
 from alignctl.train.machine import out_of_memory
@@ -305,14 +305,15 @@ def _forward_backward(built: Built, batch: dict[str, Tensor]) -> None:
     trainer = built.trainer
     if trainer.args.gradient_checkpointing:  # the Trainer does it when it begins
         trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
-    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    trained = [p.numel() for p in trainer.model.parameters() if p.requires_grad]
+    state, _ = weights.states(trained, arguments.optimizer(built.recipe, built.parts.machine))
     trainer.model.train()
     with torch.random.fork_rng(devices=[] if built.parts.machine.kind == "cpu" else None):
-        states = [torch.empty_like(p) for p in trained for _ in range(2)]  # AdamW's; on a CPU never touched
+        room = torch.empty(state, dtype=torch.uint8, device=trainer.args.device)  # on a CPU never touched
         with trainer.accelerator.autocast():
             loss, _ = trl_seam.loss_and_logps(trainer, batch)
         loss.backward()
-        del states, loss
+        del room, loss
     trainer.model.zero_grad(set_to_none=True)
     if built.parts.machine.kind == "cuda":
         torch.cuda.empty_cache()
