@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from alignctl.cli.main import main
+from commandline import invoke
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,22 +47,11 @@ def pairs(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def here(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the command line in this process, where the libraries are imported already."""
+def here(capfd: pytest.CaptureFixture[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command line in this process, and read what it printed."""
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        monkeypatch.setattr(sys, "argv", ["alignctl", *arguments])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        code: Any = 0
-        try:
-            main()
-        except SystemExit as ended:
-            code = ended.code or 0
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        return subprocess.CompletedProcess(arguments, code, *capfd.readouterr())
+        capfd.readouterr()  # of what ran before
+        return subprocess.CompletedProcess(arguments, invoke(*arguments), *capfd.readouterr())
 
     return run

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,8 +12,10 @@ from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from alignctl.train import standin
+from commandline import invoke
 
 WORDS = ("tea", "rain", "bread", "stone", "river", "lamp", "cloud", "wheel")
 
@@ -30,14 +31,23 @@ def pairs(first: int, count: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model `base`, `train.jsonl` and `test.jsonl`, in which the runs are made."""
-    folder = tmp_path_factory.mktemp("workshop")
+    """A folder with a tiny model `base`, `train.jsonl` and `test.jsonl`, in which the runs of all workers are made."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder = root / "workshop"
+    with FileLock(root / "workshop.lock"):
+        if not folder.exists():
+            _furnish(folder)
+    return folder
+
+
+def _furnish(folder: Path) -> None:
+    folder.mkdir()
     for name, rows in (("train", pairs(0, 24)), ("test", pairs(100, 8)), ("other", pairs(200, 8))):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     family = standin.family("smollm")[0]
     standin._tokenizer(family, folder / "train.jsonl", folder / "base")
     standin._model(family, folder / "base")
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -62,13 +72,20 @@ def finished(workshop: Path) -> Callable[..., Path]:
         for name, section in json.loads(sections).items():
             values[name] = None if section is None else {**(values.get(name) or {}), **section}
         values = {name: section for name, section in values.items() if section is not None}
-        name = f"{method}-{len(list(workshop.glob('*.yaml')))}"
-        (workshop / f"{name}.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-        command = [sys.executable, "-m", "alignctl", method, f"{name}.yaml"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        environment["ALIGNCTL_CACHE"] = str(workshop / "cache")
-        done = subprocess.run(command, cwd=workshop, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return workshop / "runs" / name
+        text = yaml.safe_dump(values)
+        name = f"{method}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        folder = workshop / "runs" / name
+        with FileLock(workshop / f"{name}.lock"):
+            if not folder.exists():
+                (workshop / f"{name}.yaml").write_text(text, encoding="utf-8")
+                _train(workshop, method, name)
+        return folder
 
     return lambda method="dpo", **sections: train(method, json.dumps(sections, sort_keys=True))
+
+
+def _train(workshop: Path, method: str, name: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workshop)
+        patch.setenv("ALIGNCTL_CACHE", str(workshop / "cache"))
+        assert invoke(method, f"{name}.yaml") == 0

@@ -62,7 +62,7 @@ def test_saved_pairs_are_read_and_trained_on(
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "mine.jsonl").read_text().splitlines()]
     assert [len(row["prompt"]) for row in rows] == [2, 4, 6, 8] and rows[0].keys() == {"prompt", "chosen", "rejected"}
-    shape, read, _ = encode._shaped(Source(path="mine.jsonl"), "dpo", sources.read(Source(path="mine.jsonl")))
+    shape, read, _ = encode.shaped(Source(path="mine.jsonl"), "dpo", sources.read(Source(path="mine.jsonl")))
     assert shape.name == "conversational" and [shape.read(raw.values) for raw in read] == rows
     recipe = yaml.safe_load((finished("dpo") / "recipe.yaml").read_text())
     recipe["data"] = {"train": [{"path": "mine.jsonl"}]}

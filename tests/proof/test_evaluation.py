@@ -133,14 +133,13 @@ def test_results_of_the_harness_are_read() -> None:
 
 
 @pytest.fixture
-def run_eval(workshop: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
-        environment["ALIGNCTL_CACHE"] = str(workshop / "cache")
-        command = [sys.executable, "-m", "alignctl", "eval", *arguments]
-        return subprocess.run(command, cwd=workshop, env=environment, capture_output=True, text=True, check=False)
-
-    return run
+def run_eval(
+    workshop: Path, monkeypatch: pytest.MonkeyPatch, here: Callable[..., subprocess.CompletedProcess[str]]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`alignctl eval …` in this process, in the workshop."""
+    monkeypatch.chdir(workshop)
+    monkeypatch.setenv("ALIGNCTL_CACHE", str(workshop / "cache"))
+    return lambda *arguments: here("eval", *arguments)
 
 
 Eval = Callable[..., subprocess.CompletedProcess[str]]
@@ -155,7 +154,7 @@ def test_eval_says_what_it_found_and_keeps_it(finished: Callable[..., Path], run
     folder = copied(finished("dpo"), tmp_path / "run")
     (tmp_path / "rule.py").write_text("def short(prompt, answer):\n    return -len(answer)\n", encoding="utf-8")
     done = run_eval(str(folder), "--judge-rule", f"{tmp_path / 'rule.py'}:short")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
     for said in ("reward accuracy", "KL per answer", "perplexity of general text", "win rate", "better: rise of the"):
         assert said in done.stdout
     kept = json.loads((folder / "evaluations" / "held-out.json").read_text(encoding="utf-8"))
@@ -167,6 +166,15 @@ def test_eval_says_what_it_found_and_keeps_it(finished: Callable[..., Path], run
     for side in ("chosen", "rejected"):
         column = f"{side}_logps_per_token"
         assert kept["rows"]["tuned"][column] == pytest.approx(trained_with[column], abs=1e-4)
+
+
+def test_eval_as_a_command_of_its_own(finished: Callable[..., Path], workshop: Path, tmp_path: Path) -> None:
+    folder = copied(finished("dpo"), tmp_path / "run")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ALIGNCTL_CACHE": str(workshop / "cache")}
+    command = [sys.executable, "-m", "alignctl", "eval", str(folder), "--samples", "1"]
+    done = subprocess.run(command, cwd=workshop, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == f"report: {folder / 'report.html'}"
 
 
 def test_eval_prints_json_alone(finished: Callable[..., Path], run_eval: Eval, tmp_path: Path) -> None:
