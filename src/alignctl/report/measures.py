@@ -99,7 +99,7 @@ def _evaluation(values: dict[str, Any]) -> Evaluation:
         verdict=text(values.get("verdict")),
         reason=text(values.get("reason")),
         data=measured,
-        against=" ".join(text(against.get(key)) for key in ("what", "name")).strip(),
+        against=_reference(text(against.get("what")), text(against.get("name"))),
         measures=[_measure(row) for row in rows(values.get("numbers"))],
         judges=[_judged(row) for row in rows(values.get("judges"))],
         raw=values,
@@ -136,6 +136,12 @@ _OWN = (
     ("chosen_logps_per_token", "chosen log-prob a token", "drift", "nats", None),
     ("rejected_logps_per_token", "rejected log-prob a token", "drift", "nats", None),
 )
+
+
+def _reference(what: str, name: str) -> str:
+    """What an evaluation's reference is, and its name."""
+    word = {"start": "where training started", "base": "the base", "run": "the run"}.get(what, "")
+    return ", ".join(part for part in (word, name) if part)
 
 
 def _own(run: Run) -> Evaluation:

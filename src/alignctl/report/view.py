@@ -13,7 +13,18 @@ from alignctl.report.measures import Evaluation, Measure
 from alignctl.report.values import dig, number, numbers, rows, table, text
 
 _TONES = {"better": "good", "worse": "bad", "broken": "bad", "failed": "bad"}
-_CARDS = ("reward_accuracy", "margin", "nll", "chosen_logps_per_token", "mean_tokens", "stop_rate")
+# As `alignctl eval` calls them, and as summary.json does.
+_CARDS = (
+    "reward_accuracy",
+    "reward_margin",
+    "margin",
+    "nll",
+    "chosen_logps_per_token",
+    "tokens",
+    "mean_tokens",
+    "stop_rate",
+    "general_perplexity",
+)
 MARKS = {"passed": "✓", "warned": "!", "stopped": "✗", "off": "–"}
 
 
