@@ -89,7 +89,7 @@ def test_missing_options_are_named_at_once(here: Run, tmp_path: Path, monkeypatc
     [
         (("--method", "ppo"), "--method: is 'ppo' — one of sft, dpo, orpo"),
         (("--adapter", "dora"), "--adapter: is 'dora' — one of auto, qlora, lora, full"),
-        (("--gpu-memory", "much"), "--gpu-memory: is 'much' — a size such as 24GiB"),
+        (("--gpu-memory", "much"), "--gpu-memory: 'much' is no amount of memory — write it as 24GiB"),
         (("--output", "rows.jsonl"), "rows.jsonl: exists already — --output FILE with another name"),
         (("--output", "nowhere/r.yaml"), "nowhere/r.yaml: its folder does not exist"),
         (("--from", "c.yaml"), "--model and --data: and --from contradict each other"),

@@ -25,7 +25,7 @@ WANTED = Wanted("dpo", "m", "rows.jsonl")
 
 
 def choose_for(wanted: Wanted = WANTED, rows: Rows = ROWS, model: Model = SMALL, memory: Memory = GPU) -> Draft:
-    return choose.draft(wanted, rows, model, memory)
+    return choose.draft(wanted, rows, model, memory, choose.chosen_adapter(wanted, model, memory))
 
 
 def everything() -> Iterator[tuple[Wanted, Rows, Model, Memory]]:
@@ -38,8 +38,8 @@ def everything() -> Iterator[tuple[Wanted, Rows, Model, Memory]]:
 def test_every_choice_is_a_recipe_with_a_learning_rate_that_has_worked_and_reasons(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     for wanted, rows, model, memory in everything():
-        chosen = choose.draft(wanted, rows, model, memory)
-        file.write_text(draft.text(chosen, choose.head(wanted, model, memory, file), []), encoding="utf-8")
+        chosen, adapter = choose_for(wanted, rows, model, memory), choose.chosen_adapter(wanted, model, memory)
+        file.write_text(draft.text(chosen, choose.head(wanted, adapter, file), []), encoding="utf-8")
         recipe = load(file, method=wanted.method).recipe
         low, high = BANDS[wanted.method, recipe.trains_adapter]
         assert low <= recipe.training.learning_rate <= high
@@ -69,7 +69,7 @@ def test_rates_cover_every_size() -> None:
 )
 def test_4_bits_where_the_weights_are_large_against_the_memory(model: Model, memory: Memory, adapter: str) -> None:
     chosen = choose_for(model=model, memory=memory)
-    assert choose.chosen_adapter(WANTED, model, memory)[0] == adapter
+    assert choose.chosen_adapter(WANTED, model, memory).value == adapter
     assert ("quantization" in chosen) == (adapter == "qlora") and "lora" in chosen
 
 

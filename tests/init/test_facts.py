@@ -23,13 +23,6 @@ def test_a_name_may_tell_the_size(name: str, parameters: int | None) -> None:
     assert facts.by_name(name) == parameters
 
 
-@pytest.mark.parametrize(
-    ("text", "gib"), [("24GiB", 24), ("24 GB", 24), ("24", 24), ("7.5g", 7.5), ("0", None), ("-8", None), ("big", None)]
-)
-def test_a_size_of_memory(text: str, gib: float | None) -> None:
-    assert facts.gib(text) == gib
-
-
 def test_percentiles_and_shares() -> None:
     rows = Rows(100, "pairs", tuple(range(1, 101)))
     assert (rows.percentile(0.95), rows.percentile(0.99)) == (96, 100)

@@ -108,7 +108,7 @@ def init(
     if source is not None and any(beside.values()):
         raise init.contradiction(beside)
     if source is not None:
-        init.from_other(source, dialect, method, output)
+        init.from_other(source, dialect, method, output, gpu_memory)
     else:
         init.command(
             init.Asked(method, model, data, output, split, eval_data, eval_split, adapter, template, gpu_memory)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
@@ -14,10 +14,16 @@ import typer
 
 from alignctl import quiet, rundir
 from alignctl.cli import signals
-from alignctl.errors import AlignctlError, Interrupted, Problem, RecipeError
-from alignctl.init import choose, convert, draft, facts
+from alignctl.cli.plan import span
+from alignctl.errors import AlignctlError, Interrupted, MachineError, Problem, RecipeError
+from alignctl.init import choose, convert, draft, fit
 from alignctl.init.facts import Memory, Model, Rows, Wanted
-from alignctl.recipe.load import load
+from alignctl.init.fit import Fitted
+from alignctl.plan import config, data, duration, estimate, fixes, gpus
+from alignctl.plan.estimate import Plan
+from alignctl.plan.fixes import Fix
+from alignctl.plan.gpus import GIB, Here
+from alignctl.recipe.load import Loaded, load
 from alignctl.recipe.schema import METHODS
 from alignctl.terminal import harmless
 
@@ -39,10 +45,11 @@ class Asked:
 
 
 def command(asked: Asked) -> None:
-    """Look at model, rows and machine, write the recipe, and check it.
+    """Look at model, rows and machine, write the recipe so that it fits, and check it.
 
     Raises:
-        AlignctlError: an option is missing or wrong, the file is there already, or the rows cannot be read.
+        AlignctlError: an option is missing or wrong, the file is there already, the rows cannot be read, or nothing
+            makes the recipe fit.
     """
     _known("--method", asked.method, METHODS)
     _known("--adapter", asked.adapter, choose.ADAPTERS)
@@ -53,11 +60,11 @@ def command(asked: Asked) -> None:
     with quiet.libraries(Path(os.devnull)) as out:
         notes: list[str] = []
         rows, model, memory = _looked(wanted, memory, notes, out)
-    for note in notes:
-        typer.echo(f"note: {harmless(note)}")
-    recipe = choose.draft(_beside(wanted, output), rows, model, memory)
-    head = choose.head(wanted, model, memory, output)
-    with _written(output, draft.text(recipe, head, [])) as written:
+        fitted = _fitted(wanted, output, rows, model, memory, notes)
+    for line in [*(f"note: {note}" for note in notes), *_outcome(fitted, memory, output)]:
+        typer.echo(harmless(line))
+    head = choose.head(wanted, fitted.adapter, output)
+    with _written(output, draft.text(fitted.draft, head, [])) as written:
         load(written, method=wanted.method)
         if model.template is None:
             typer.echo("note: the rows are not checked, because the tokenizer could not be loaded")
@@ -65,7 +72,10 @@ def command(asked: Asked) -> None:
             from alignctl.cli import check
 
             check.command(str(written), None, as_json=False, name=str(output))
-    typer.echo(f"\nwritten: {output}\nnext: alignctl {wanted.method} {output}")
+    typer.echo(f"\nwritten: {output}")
+    if fitted.plan is not None and fitted.least > memory.bytes:
+        raise _too_large(fitted.plan, memory)
+    typer.echo(f"next: alignctl {wanted.method} {output}")
 
 
 def _looked(wanted: Wanted, memory: Memory | None, notes: list[str], out: TextIO) -> tuple[Rows, Model, Memory]:
@@ -81,7 +91,66 @@ def _looked(wanted: Wanted, memory: Memory | None, notes: list[str], out: TextIO
     return rows, model, memory
 
 
-def from_other(path: Path, dialect: str | None, method: str | None, output: Path | None) -> None:
+def _fitted(wanted: Wanted, output: Path, rows: Rows, model: Model, memory: Memory, notes: list[str]) -> Fitted:
+    """The draft for `output`, planned where the model's config can be had."""
+    planned = None
+    try:
+        adapter = choose.chosen_adapter(wanted, model, memory)
+        planned = fit.planner(choose.draft(wanted, rows, model, memory, adapter))
+    except AlignctlError as error:
+        notes.append(f"not planned: {error.problems[0].what}")
+    return fit.fitted(_beside(wanted, output), rows, model, memory, planned)
+
+
+def _outcome(fitted: Fitted, memory: Memory, output: Path) -> list[str]:
+    """The plan in a line, and what was changed for it in another."""
+    here = Here(memory.what, memory.bytes) if memory.gpu else None
+    out = [] if fitted.plan is None else [_planned(fitted.plan, here, output)]
+    if fitted.changes:
+        before = f"{fitted.drafted / GIB:.1f} GiB were needed"
+        out.append(f"changed to fit {memory.size()}, where {before}: {_together(fitted.changes)}")
+    return out
+
+
+def _planned(plan: Plan, here: Here | None, output: Path) -> str:
+    needed = f"{plan.memory.needed / GIB:.1f} GiB at the peak"
+    if here is None:
+        return f"plan: {needed} on a GPU; `alignctl plan {output} --gpu-memory 24GiB` says more"
+    size = f"{round(here.memory / GIB, 1):g} GiB"
+    if plan.memory.needed > here.memory:
+        return f"plan: {needed}, which does not fit {size}"
+    return f"plan: {needed}, which fits {size}{_time(plan, here)}"
+
+
+def _time(plan: Plan, here: Here) -> str:
+    """How long the run takes on such a GPU: on the fastest and the slowest of that size."""
+    if plan.passes is None:
+        return ""
+    times = sorted((duration.seconds(plan.work, gpu) * plan.passes, gpu.name) for gpu in gpus.like(here))
+    ends = dict.fromkeys((times[0], times[-1])) if times else {}
+    said = " to ".join(f"{span(seconds)} ({name})" for seconds, name in ends)
+    return f"; the run takes about {said}" if said else ""
+
+
+def _too_large(plan: Plan, memory: Memory) -> MachineError:
+    """What is said of a recipe that was written all the same."""
+    what = f"{plan.memory.needed / GIB:.1f} GiB are needed, and {memory.what} has {memory.size()}"
+    changes = plan.fixes(memory.bytes)
+    least = changes[-1].needed if changes else plan.memory.needed
+    if least <= memory.bytes:
+        way_out = "another --adapter, shorter rows, or a GPU with more memory"
+        return MachineError(Problem("memory", f"{what}; it fits only with {_together(changes)}", way_out))
+    what = f"{what}; no change is enough ({least / GIB:.1f} GiB at least)"
+    return MachineError(Problem("memory", what, "a smaller model, or a GPU with more memory"))
+
+
+def _together(changes: Sequence[Fix]) -> Fix:
+    return replace(changes[-1], changes=fixes.together(list(changes)))
+
+
+def from_other(
+    path: Path, dialect: str | None, method: str | None, output: Path | None, gpu_memory: str | None
+) -> None:
     """Write the recipe that `path`, a recipe of another tool, means here, and say what became of each key.
 
     Raises:
@@ -97,13 +166,27 @@ def from_other(path: Path, dialect: str | None, method: str | None, output: Path
         _free(template)
         found.draft["model"]["chat_template"] = replace(found.draft["model"]["chat_template"], value=template.name)
     text = draft.text(found.draft, found.head(path, output), found.tail(path))
+    here = gpus.found() if gpu_memory is None else Here("", gpus.amount(gpu_memory))
     with _beside_it(template, found.template), _written(output, text) as written:
-        convert.accepted(written, found.method, path)
+        line = _plan_of(convert.accepted(written, found.method, path), here, output)
     for key, what in found.carried:
         typer.echo(harmless(f"✓ {key} → {what}"))
     for key, why in found.left.items():
         typer.echo(harmless(f"– {key}: not carried over: {why}"))
+    typer.echo(harmless(line))
     typer.echo(f"\nwritten: {output} (from {found.dialect})\nnext: alignctl check {output}")
+
+
+def _plan_of(loaded: Loaded, here: Here | None, output: Path) -> str:
+    """The plan of a recipe that stays as it is."""
+    try:
+        plan = estimate.of(loaded.recipe, config.shape_of(loaded.recipe.model), data.of(loaded, None))
+    except AlignctlError as error:
+        return f"note: not planned: {error.problems[0].what}"
+    line = _planned(plan, here, output)
+    if here is None or plan.memory.needed <= here.memory:
+        return line
+    return f"{line}; `alignctl plan {output} --gpu-memory {here.memory / GIB:.4g}GiB` says what to change"
 
 
 def contradiction(options: dict[str, str | None]) -> RecipeError:
@@ -195,10 +278,7 @@ def _known(option: str, value: str | None, known: tuple[str, ...]) -> None:
 def _given_memory(text: str | None) -> Memory | None:
     if text is None:
         return None
-    gib = facts.gib(text)
-    if gib is None:
-        raise RecipeError(Problem("--gpu-memory", f"is {text!r}", "a size such as 24GiB"))
-    return Memory(gib, "the GPU", gpu=True)
+    return Memory(gpus.amount(text) / GIB, "the GPU", gpu=True)
 
 
 def _free(path: Path) -> None:

@@ -19,13 +19,13 @@ UPDATES = ((500, 16), (100, 8), (0, 4))
 FRACTIONS = ((2000, 0.05), (200, 0.1), (0, 0.2))
 
 
-def draft(wanted: Wanted, rows: Rows, model: Model, memory: Memory) -> Draft:
-    """Every section of the recipe, in the order of docs/recipe.md."""
-    adapter, why = chosen_adapter(wanted, model, memory)
+def draft(wanted: Wanted, rows: Rows, model: Model, memory: Memory, chosen: Choice) -> Draft:
+    """Every section of the recipe, in the order of docs/recipe.md; `chosen` is what it trains."""
+    adapter = chosen.value
     length = max_length(rows, model)
     sections: dict[str, dict[str, Choice]] = {"model": _model(wanted, model)}
     if adapter == "qlora":
-        sections["quantization"] = {"load_in_4bit": Choice(True, why)}
+        sections["quantization"] = {"load_in_4bit": Choice(True, chosen.why)}
     if adapter != "full":
         sections["lora"] = dict(_LORA)
     sections["data"] = _data(wanted, rows, length)
@@ -34,24 +34,23 @@ def draft(wanted: Wanted, rows: Rows, model: Model, memory: Memory) -> Draft:
     return sections
 
 
-def chosen_adapter(wanted: Wanted, model: Model, memory: Memory) -> tuple[str, str]:
-    """`qlora`, `lora` or `full`, and why."""
+def chosen_adapter(wanted: Wanted, model: Model, memory: Memory) -> Choice:
+    """`qlora`, `lora` or `full`, as far as it can be told without a plan."""
     if wanted.adapter != "auto":
-        return wanted.adapter, "as asked for"
+        return Choice(wanted.adapter, "as asked for")
     if model.gib is None:
-        return "qlora", "the model's size is not known, and 4 bits need the least memory"
+        return Choice("qlora", "the model's size is not known, and 4 bits need the least memory")
     said = f"the weights take {model.gib:.1f} GiB in bfloat16, and {memory.what} has {memory.gib:.1f}"
     if model.gib > HALF * memory.gib:
-        return "qlora", f"{said}: 4 bits leave room for what training needs"
-    return "lora", f"{said}: no need for 4 bits"
+        return Choice("qlora", f"{said}: 4 bits leave room for what training needs")
+    return Choice("lora", f"{said}: no need for 4 bits")
 
 
-def head(wanted: Wanted, model: Model, memory: Memory, output: Path) -> list[str]:
+def head(wanted: Wanted, chosen: Choice, output: Path) -> list[str]:
     """The comment above the recipe."""
-    adapter, why = chosen_adapter(wanted, model, memory)
     return [
         f"{wanted.method.upper()} of {wanted.model}, made by `alignctl init`; docs/init.md says where values are from.",
-        f"Trains {_TRAINS[adapter]}" + ("." if adapter == "qlora" else f": {why}."),
+        f"Trains {_TRAINS[chosen.value]}" + ("." if chosen.value == "qlora" else f": {chosen.why}."),
         f"Run: alignctl {wanted.method} {output}",
     ]
 
@@ -113,13 +112,16 @@ def _data(wanted: Wanted, rows: Rows, length: Choice) -> dict[str, Choice]:
     else:
         fraction = next(share for limit, share in FRACTIONS if rows.count >= limit)
         choices["eval_fraction"] = Choice(fraction, "no held-out rows were named: this share of the prompts is")
-    choices["max_length"] = length
-    over = rows.over(length.value)
-    if over + SPARE > 0.05:
-        share = min(1.0, math.ceil((over + SPARE) * 100) / 100)
-        why = f"{over:.1%} of the rows are longer than max_length, and are dropped"
-        choices["max_dropped"] = Choice(share, why)
-    return choices
+    return choices | {"max_length": length} | dropped(rows, length.value)
+
+
+def dropped(rows: Rows, length: int) -> dict[str, Choice]:
+    """`max_dropped`, where more of the rows are beyond `length` than the recipe allows without it."""
+    over = rows.over(length)
+    if over + SPARE <= 0.05:
+        return {}
+    share = min(1.0, math.ceil((over + SPARE) * 100) / 100)
+    return {"max_dropped": Choice(share, f"{over:.1%} of the rows are longer than max_length, and are dropped")}
 
 
 def _source(path: str, split: str) -> dict[str, Any]:

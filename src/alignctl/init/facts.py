@@ -8,7 +8,6 @@ from dataclasses import dataclass
 # Longer names first: `1.5b` is not `5b`.
 _SIZE = re.compile(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", re.IGNORECASE)
 _UNIT = {"b": 1e9, "m": 1e6}
-_GIB = re.compile(r"(\d+(?:\.\d+)?)\s*(?:gib|gb|g)?", re.IGNORECASE)
 BYTES = 2  # of a weight in bfloat16
 GIB = 2**30
 
@@ -83,14 +82,16 @@ class Memory:
     what: str
     gpu: bool
 
+    @property
+    def bytes(self) -> int:
+        return round(self.gib * GIB)
+
+    def size(self) -> str:
+        """It in words."""
+        return f"{round(self.gib, 1):g} GiB"
+
 
 def by_name(name: str) -> int | None:
     """Parameters that a model's name speaks of: `Mistral-7B-v0.1`."""
     found = _SIZE.search(name.rsplit("/", 1)[-1])
     return round(float(found[1]) * _UNIT[found[2].lower()]) if found else None
-
-
-def gib(text: str) -> float | None:
-    """`24GiB`, `24GB` or `24` as a number of GiB; None where it is none of them."""
-    found = _GIB.fullmatch(text.strip())
-    return float(found[1]) if found and float(found[1]) > 0 else None
