@@ -16,7 +16,7 @@ from alignctl.errors import MachineError
 from alignctl.plan.data import Row
 from alignctl.recipe.schema import Recipe
 from alignctl.rundir import RunDir
-from alignctl.train import data, fit, machine, planned, standin
+from alignctl.train import data, fit, lengths, machine, planned, standin
 from alignctl.train.parts import Parts
 from alignctl.train.tokenizer import load_encoder
 from alignctl.train.translate import translated
@@ -79,12 +79,12 @@ def test_a_second_model_is_frozen(assembled: Callable[..., Assembled]) -> None:
 
 def test_a_plan_of_the_rows(assembled: Callable[..., Assembled]) -> None:
     recipe, _, _, rows = assembled()
-    found = planned.lengths(recipe, rows)
+    found = lengths.of(recipe, rows)
     longest = rows.encoded(rows.longest())
     assert found.longest[0] == Row(*(len(longest[f"{side}_ids"]) for side in ("prompt", "chosen", "rejected")))
     assert (len(found.longest), found.count) == (2, 6) and found.longest[0].size >= found.longest[1].size
     recipe, _, _, rows = assembled("sft")
-    assert planned.lengths(recipe, rows).longest[0] == Row(0, int(rows.sizes().max()))
+    assert lengths.of(recipe, rows).longest[0] == Row(0, int(rows.sizes().max()))
 
 
 def test_padded_batches_are_planned_as_such(assembled: Callable[..., Assembled]) -> None:

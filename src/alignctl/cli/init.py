@@ -96,7 +96,7 @@ def _fitted(wanted: Wanted, output: Path, rows: Rows, model: Model, memory: Memo
     planned = None
     try:
         adapter = choose.chosen_adapter(wanted, model, memory)
-        planned = fit.planner(choose.draft(wanted, rows, model, memory, adapter))
+        planned = fit.planner(choose.draft(wanted, rows, model, memory, adapter), rows)
     except AlignctlError as error:
         notes.append(f"not planned: {error.problems[0].what}")
     return fit.fitted(_beside(wanted, output), rows, model, memory, planned)

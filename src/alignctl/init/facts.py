@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from alignctl.plan.data import Lengths
+
 # Longer names first: `1.5b` is not `5b`.
 _SIZE = re.compile(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", re.IGNORECASE)
 _UNIT = {"b": 1e9, "m": 1e6}
@@ -31,7 +33,7 @@ class Rows:
     """The rows: how many, their shape, and the tokens of prompt and longer answer of some of them, sorted.
 
     `counted` is false where the tokenizer could not be loaded and tokens are guessed from characters; `answer` is the
-    side that SFT trains on in a preference set.
+    side that SFT trains on in a preference set; `lengths` is what a plan asks of counted rows.
     """
 
     count: int
@@ -39,6 +41,7 @@ class Rows:
     tokens: tuple[int, ...]
     counted: bool = True
     answer: str | None = None
+    lengths: Lengths | None = None
 
     def percentile(self, share: float) -> int:
         """Tokens that `share` of the rows do not exceed."""

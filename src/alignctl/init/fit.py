@@ -37,15 +37,19 @@ class Fitted:
     drafted: int = 0
 
 
-def planner(drafted: Draft) -> Planner:
+def planner(drafted: Draft, rows: Rows) -> Planner:
     """What plans drafts for the same model and rows as `drafted`, whose paths are seen from here.
+
+    Rows are as long as they were counted, or as `alignctl plan` estimates where that takes more: it is to agree.
 
     Raises:
         AlignctlError: the config of the model cannot be read, or the rows cannot.
     """
     recipe = Recipe.model_validate(values(drafted))
-    shape, lengths = config.shape_of(recipe.model), data.of_recipe(recipe)
-    return lambda draft: estimate.of(Recipe.model_validate(values(draft)), shape, lengths)
+    shape, lengths = config.shape_of(recipe.model), [data.of_recipe(recipe)]
+    lengths += [rows.lengths] if rows.lengths is not None else []
+    most = max(lengths, key=lambda each: estimate.of(recipe, shape, each).memory.needed)
+    return lambda draft: estimate.of(Recipe.model_validate(values(draft)), shape, most)
 
 
 def fitted(wanted: Wanted, rows: Rows, model: Model, memory: Memory, planned: Planner | None) -> Fitted:

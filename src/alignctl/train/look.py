@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -16,7 +17,7 @@ from alignctl.formats import RowError
 from alignctl.init import facts
 from alignctl.init.facts import Memory, Model, Rows, Wanted
 from alignctl.recipe.schema import Recipe
-from alignctl.train import data, machine, sources
+from alignctl.train import data, lengths, machine, sources
 from alignctl.train.encode import shaped
 from alignctl.train.tokenizer import load_encoder, load_tokenizer, model_path
 from alignctl.train.tokens import Encoder
@@ -100,13 +101,15 @@ def _counted(asked: Recipe, encoder: Encoder) -> Rows:
     found, _ = data.read(asked, encoder)
     if not len(found):
         data.check_lost(asked, found, None)
-    lengths = {name: found.lengths(name) for name in found.id_columns}
+    tokens = {name: found.lengths(name) for name in found.id_columns}
     longest = (
-        lengths["prompt_ids"] + lengths["chosen_ids"].clip(lengths["rejected_ids"])
-        if "prompt_ids" in lengths
-        else lengths[found.id_columns[0]]
+        tokens["prompt_ids"] + tokens["chosen_ids"].clip(tokens["rejected_ids"])
+        if "prompt_ids" in tokens
+        else tokens[found.id_columns[0]]
     )
-    return Rows(_count(asked), found.sources[0].shape.what, tuple(sorted(longest.tolist())), answer=_side(asked))
+    count, shape = _count(asked), found.sources[0].shape.what
+    planned = replace(lengths.of(asked, found), count=count)
+    return Rows(count, shape, tuple(sorted(longest.tolist())), answer=_side(asked), lengths=planned)
 
 
 def _guessed(asked: Recipe) -> Rows:
