@@ -31,11 +31,18 @@ def test_the_hubs_cache_without_the_hub(tmp_path: Path) -> None:
     (model / "snapshots" / sha / "config.json").write_text(json.dumps(values), encoding="utf-8")
     code = (
         "from alignctl.plan import config; from alignctl.recipe.schema import Model\n"
-        "print(config.shape_of(Model(name_or_path='some/one')).parameters())"
+        "for fetch in (True, False):\n"
+        "    print(config.shape_of(Model(name_or_path='some/one'), fetch=fetch).parameters())"
     )
     variables = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "2779683840"
+    assert done.stdout.split() == ["2779683840", "2779683840"]
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "a/b/c"])
+def test_nothing_is_fetched_that_is_not_to_be(name: str) -> None:
+    with pytest.raises(MachineError, match=f"{name} is neither a folder nor in the hub's cache"):
+        config.shape_of(Model(name_or_path=name), fetch=False)
 
 
 def test_a_package_that_is_not_in_the_table() -> None:

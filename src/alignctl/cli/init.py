@@ -98,7 +98,7 @@ def _fitted(wanted: Wanted, output: Path, rows: Rows, model: Model, memory: Memo
         adapter = choose.chosen_adapter(wanted, model, memory)
         planned = fit.planner(choose.draft(wanted, rows, model, memory, adapter), rows)
     except AlignctlError as error:
-        notes.append(f"not planned: {error.problems[0].what}")
+        notes.append(f"not planned: {error.problems[0]}")
     return fit.fitted(_beside(wanted, output), rows, model, memory, planned)
 
 
@@ -180,9 +180,9 @@ def from_other(
 def _plan_of(loaded: Loaded, here: Here | None, output: Path) -> str:
     """The plan of a recipe that stays as it is."""
     try:
-        plan = estimate.of(loaded.recipe, config.shape_of(loaded.recipe.model), data.of(loaded, None))
+        plan = estimate.of(loaded.recipe, config.shape_of(loaded.recipe.model, fetch=False), data.of(loaded, None))
     except AlignctlError as error:
-        return f"note: not planned: {error.problems[0].what}"
+        return f"note: not planned: {error.problems[0]}"
     line = _planned(plan, here, output)
     if here is None or plan.memory.needed <= here.memory:
         return line

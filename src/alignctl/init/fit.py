@@ -43,10 +43,10 @@ def planner(drafted: Draft, rows: Rows) -> Planner:
     Rows are as long as they were counted, or as `alignctl plan` estimates where that takes more: it is to agree.
 
     Raises:
-        AlignctlError: the config of the model cannot be read, or the rows cannot.
+        AlignctlError: the config of the model is not at hand, or it or the rows cannot be read.
     """
     recipe = Recipe.model_validate(values(drafted))
-    shape, lengths = config.shape_of(recipe.model), [data.of_recipe(recipe)]
+    shape, lengths = config.shape_of(recipe.model, fetch=False), [data.of_recipe(recipe)]
     lengths += [rows.lengths] if rows.lengths is not None else []
     most = max(lengths, key=lambda each: estimate.of(recipe, shape, each).memory.needed)
     return lambda draft: estimate.of(Recipe.model_validate(values(draft)), shape, most)

