@@ -137,6 +137,8 @@ def test_a_model_that_nobody_knows_has_no_planner() -> None:
 
 
 def test_without_a_gpu_there_is_a_plan_and_nothing_to_fit() -> None:
-    found = fitted(Memory(1.0, "this machine", gpu=False))
-    assert needed(found) > 1 and found.changes == () and found.adapter.value == "qlora"
+    host = Memory(drafted(adapter="qlora") * 0.9, "this machine", gpu=False)
+    assert fitted(replace(host, gpu=True)).changes  # of a GPU they would be made
+    found = fitted(host)
+    assert needed(found) > host.gib and found.changes == () and found.adapter.value == "qlora"
     assert "optim" not in values(found.draft)["training"]
