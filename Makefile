@@ -21,7 +21,7 @@ demo: setup
 	$(BIN)/alignctl dpo demo-dpo --overwrite
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
@@ -35,7 +35,10 @@ docs: setup
 	$(BIN)/python scripts/document.py
 
 picture: setup
-	$(BIN)/python scripts/picture.py docs/run.svg alignctl dpo demo-dpo --overwrite
+	$(BIN)/alignctl dpo demo-dpo --overwrite
+	$(BIN)/alignctl eval runs/demo-dpo
+	chromium --headless=new --no-sandbox --hide-scrollbars --window-size=1120,1480 \
+		--screenshot=docs/report.png runs/demo-dpo/report.html
 
 bench: setup
 	$(BIN)/python benchmarks/startup.py
