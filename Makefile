@@ -21,7 +21,7 @@ demo: setup
 	$(BIN)/alignctl dpo demo-dpo --overwrite
 
 test: setup
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

@@ -150,10 +150,11 @@ class Talk:
         """An answer of each model; `before` are there already."""
         replies = []
         for number, by in enumerate(self.who, before + 1):
-            if self.screen.terminal or len(self.who) > 1:
-                self.screen.heading(f"[{number}] {by}")
-            with quiet.libraries(Path(os.devnull)), interruptible(self.screen.terminal) as stop:
-                reply = self.speaker.answer(by, asked, self.screen.piece, stop)
+            with interruptible(self.screen.terminal) as stop:
+                if self.screen.terminal or len(self.who) > 1:
+                    self.screen.heading(f"[{number}] {by}")
+                with quiet.libraries(Path(os.devnull)):
+                    reply = self.speaker.answer(by, asked, self.screen.piece, stop)
             self.screen.end()
             if reply.end == "cut":
                 self.screen.note(f"note: answer {number} was cut at its longest length (--max-new-tokens)")
