@@ -46,7 +46,8 @@ def check(
     step = simulated.step(
         real, how, pairs=pairs, prompt=prompt, answer=answer, checkpointing=checkpointing, reference=True
     )
-    assert total(memory.standing(of, setup)) == pytest.approx(step.model, rel=1e-3)
+    # Beside the model stand the ids of the batch, and the allocator rounds every tensor up: half a MiB at most.
+    assert total(memory.standing(of, setup)) == pytest.approx(step.model, rel=1e-3, abs=2**19)
     # The allocator rounds up, so small tensors weigh more; all else is the plan's.
     assert plan.allocated == pytest.approx(step.model + max(step.forward, step.reference, step.backward), rel=0.035)
 
