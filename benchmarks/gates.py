@@ -67,7 +67,11 @@ def main() -> None:
         overrides = [f"training.max_steps={args.steps}", "evaluation.samples=8", "--output", str(Path(folder) / "run")]
         sys.argv = ["alignctl", "dpo", "demo-dpo", *overrides]
         began = time.perf_counter()
-        command_line()
+        try:
+            command_line()
+        except SystemExit as ended:  # as a command ends
+            if ended.code:
+                raise
         whole = time.perf_counter() - began
     print(heading(found))
     print(f"| gate | seconds | of {whole:.0f} |\n|---|---|---|")
