@@ -2,9 +2,45 @@
 
 from __future__ import annotations
 
-import pytest
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from alignctl.evaluate import generation
 from alignctl.evaluate.generation import Answer, distinct, refuses, repeats, summary
+
+PAD = 0
+STOPS = [1, 2]
+SIZES = {
+    "vocab_size": 24,
+    "tie_word_embeddings": False,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+# Full attention; a window that the answers outgrow; layers whose state is no list of keys.
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 8},
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_value_heads": 2,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+}
+PROMPTS = [[5, 9, 3, 4], [6, 7, 8], [10], [11, 12, 13, 14, 15, 16], [17, 18], [19, 3, 3]]
 
 
 @pytest.mark.parametrize(
@@ -65,3 +101,49 @@ def test_repeats(text: str, share: float) -> None:
 )
 def test_refusals_are_told_by_how_an_answer_begins(text: str, refused: bool) -> None:
     assert refuses(text) is refused
+
+
+def tiny(kind: str) -> PreTrainedModel:
+    """A random model whose answers stop early and late."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES, **KINDS[kind]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def generated(model: PreTrainedModel, leg: int, monkeypatch: pytest.MonkeyPatch, **how: Any) -> list[list[int]]:
+    """Answers to `PROMPTS`, in legs of `leg` tokens."""
+    monkeypatch.setattr(generation, "LEG", leg)
+    tokenizer: Any = SimpleNamespace(pad_token_id=PAD)
+    return generation.generate(model, tokenizer, PROMPTS, STOPS, 40, **{"batch_size": 8} | how)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_legs_do_not_change_an_answer(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(kind)
+    whole = generated(model, 40, monkeypatch)
+    assert len({len(row) for row in whole}) > 2
+    assert all(row[-1] in STOPS or len(row) == 40 for row in whole)
+    assert not any(token in STOPS for row in whole for token in row[:-1])
+    for leg in (1, 3, 16):
+        assert generated(model, leg, monkeypatch) == whole
+    assert generated(model, 3, monkeypatch, batch_size=1) == whole
+
+
+def test_an_answer_that_stopped_is_not_computed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = tiny("llama"), []
+    model.model.embed_tokens.register_forward_hook(lambda _, given, __: rows.append(given[0].shape))
+    lengths = [len(row) for row in generated(model, 4, monkeypatch)]
+    # The prompt is the first step, so a leg of 4 tokens is 4 of them, after the first leg too.
+    alive = [sum(length > 4 * (step // 4) for length in lengths) for step in range(max(lengths))]
+    assert [shape[0] for shape in rows][: len(alive)] == alive
+    assert {shape[1] for shape in rows[1:]} == {1}
+
+
+def test_drawn_answers_in_legs_are_the_same_for_a_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    once, again, other = (generated(model, 4, monkeypatch, seed=seed) for seed in (1, 1, 2))
+    assert once == again != other

@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+# Tokens until the rows of a batch that have stopped are left out of it.
+LEG = 16
 # Words of more characters than this on average are none: the text has no spaces.
 LONGEST = 16
 # What answers begin with that refuse, in English.
@@ -113,23 +117,46 @@ def _generate(
     *,
     sampled: bool,
 ) -> list[list[int]]:
-    width = max(map(len, prompts))
-    pad = tokenizer.pad_token_id
+    """The new ids of each prompt, in legs of `LEG` tokens: a row that has stopped is not in the next one."""
+    width, pad = max(map(len, prompts)), tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    stops = torch.tensor(list(stop_ids), device=model.device)
     how: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sampled else {}
+    rows: list[list[int]] = [[] for _ in prompts]
+    alive = torch.arange(len(prompts), device=model.device)
+    cache: Cache | None = None
     with torch.inference_mode():
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=list(stop_ids),
-            pad_token_id=pad,
-            use_cache=True,
-            **{"do_sample": False, **how},
-        )
-    rows: list[list[int]] = out[:, width:].tolist()
+        for done in range(0, max_new_tokens, LEG):
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                max_new_tokens=min(LEG, max_new_tokens - done),
+                eos_token_id=list(stop_ids),
+                pad_token_id=pad,
+                use_cache=True,
+                return_dict_in_generate=True,
+                **{"do_sample": False, **how},
+            )
+            new = out.sequences[:, ids.shape[1] :]
+            for row, tokens in zip(alive.tolist(), new.tolist(), strict=True):
+                rows[row] += tokens
+            going = (~torch.isin(new, stops).any(1)).nonzero()[:, 0]
+            if not len(going):
+                break
+            ids, alive = out.sequences[going], alive[going]
+            mask = torch.cat([mask[going], torch.ones_like(new[going])], 1)
+            cache = _only(out.past_key_values, going)
     return rows
+
+
+def _only(cache: Cache, rows: Tensor) -> Cache | None:
+    """The cache of `rows` alone; None, which is a cache to be filled anew, where a layer's state is more than keys."""
+    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+        return None
+    cache.batch_select_indices(rows)
+    return cache
 
 
 def _whole(row: list[int], stop_ids: Sequence[int]) -> list[int]:

@@ -19,9 +19,9 @@ from alignctl.evaluate import scores, verdict
 from alignctl.evaluate.generation import Answer, read
 from alignctl.evaluate.numbers import Number
 from alignctl.evaluate.verdict import Verdict
-from alignctl.proof import judges, rows, table, tasks
+from alignctl.proof import judges, kept, rows, table, tasks
 from alignctl.proof.judges import Judge, Match, Score
-from alignctl.proof.likelihood import Line
+from alignctl.proof.likelihood import Line, Scored
 from alignctl.proof.measure import Drawn, Settings, draw, measure, prompts
 from alignctl.proof.rows import Asked
 from alignctl.proof.table import Compared
@@ -108,7 +108,7 @@ def evaluate(work: Work, given: Sequence[Judge], tasks: Sequence[str], display: 
         "made": rundir.now(),
         "seconds": round(time.monotonic() - began, 1),
         "data": work.asked.described() | {"overlap": work.asked.overlap},
-        "against": work.against,
+        "against": work.against | {"rows_scored": "before training" if both.known else "now"},
         "settings": {"samples": len(work.prompts), "max_new_tokens": settings.max_new_tokens, "seed": settings.seed}
         | {"dtype": str(settings.precision).removeprefix("torch.")},
         "verdict": said.word,
@@ -125,11 +125,15 @@ def evaluate(work: Work, given: Sequence[Judge], tasks: Sequence[str], display: 
 
 @dataclass(frozen=True)
 class Both:
-    """Reference and tuned model on the same rows, the answers drawn from the tuned one, and results of tasks."""
+    """Reference and tuned model on the same rows, the answers drawn from the tuned one, and results of tasks.
+
+    `known` says that the reference's scores of the rows are those that the run measured before its first step.
+    """
 
     compared: Compared
     drawn: Drawn | None
     tasks: list[Number]
+    known: bool
 
 
 def _measured(work: Work, names: Sequence[str], display: Display) -> Both:
@@ -142,11 +146,24 @@ def _measured(work: Work, names: Sequence[str], display: Display) -> Both:
         tuned = measure(models.tuned, encoder, work.lines, work.prompts, drawn, settings)
         results = [tasks.run(models.tuned, encoder, names)]
     with _reference(work, models, display) as model, display.waiting(f"the reference, {work.against['name']}"):
-        reference = measure(model, encoder, work.lines, work.prompts, drawn, settings)
+        known = _known(work, model)
+        reference = measure(model, encoder, work.lines, work.prompts, drawn, settings, known)
         results.append(tasks.run(model, encoder, names))
     recipe, asked = work.trained.recipe, work.asked
     compared = Compared(recipe, asked.pairs, reference, tuned, asked.prompts, numpy.arange(len(work.prompts)))
-    return Both(compared, drawn, tasks.numbers(*reversed(results)))
+    return Both(compared, drawn, tasks.numbers(*reversed(results)), known is not None)
+
+
+def _known(work: Work, reference: PreTrainedModel) -> Scored | None:
+    """The reference's scores of the rows as the run itself measured them, where `reference` still gives them."""
+    run = work.trained.run
+    if work.name != rows.HELD_OUT or run.record["machine"]["device"] != work.trained.machine.kind:
+        return None
+    pad, settings = work.trained.encoder.tokenizer.pad_token_id, work.settings
+    found = kept.read(work.trained, work.lines)
+    if found is None or not kept.agrees(found, reference, work.lines, pad, settings.precision, settings.batch_size):
+        return None
+    return found
 
 
 @contextlib.contextmanager

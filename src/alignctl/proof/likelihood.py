@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -51,22 +51,26 @@ def score(
 
     The lines of a batch stand side by side, all first ones before all second ones, as the packed engine wants them.
     """
-    order = sorted(range(len(items)), key=lambda i: sum(len(line.ids) for line in items[i]))
     sums = numpy.empty((len(items[0]), len(items)))
-    counts = numpy.empty_like(sums)
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
+    for part in batches(items, batch_size):
         lines = [line for side in zip(*(items[i] for i in part), strict=True) for line in side]
-        found, tokens = _batch(model, lines, pad, precision)
-        sums[:, part] = found.reshape(len(sums), len(part))
-        counts[:, part] = tokens.reshape(len(sums), len(part))
-    return Scored(sums, counts)
+        sums[:, part] = _batch(model, lines, pad, precision).reshape(len(sums), len(part))
+    return Scored(sums, counts(items))
 
 
-def _batch(
-    model: PreTrainedModel, lines: Sequence[Line], pad: int, precision: torch.dtype
-) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """`[N]` sums and counts of one batch."""
+def batches(items: Sequence[tuple[Line, ...]], batch_size: int) -> Iterator[list[int]]:
+    """The numbers of the items of each batch, the shortest first."""
+    order = sorted(range(len(items)), key=lambda i: sum(len(line.ids) for line in items[i]))
+    return (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+
+
+def counts(items: Sequence[tuple[Line, ...]]) -> numpy.ndarray:
+    """How many tokens of each line are scored, `[sides, n]`: nothing comes before the first."""
+    return numpy.array([[sum(label != -100 for label in line.labels[1:]) for line in item] for item in items]).T
+
+
+def _batch(model: PreTrainedModel, lines: Sequence[Line], pad: int, precision: torch.dtype) -> numpy.ndarray:
+    """`[N]` sums of one batch."""
     ids = _padded([line.ids for line in lines], pad)
     mask = _padded([[1] * len(line.ids) for line in lines], 0)
     labels = _padded([line.labels for line in lines], -100)
@@ -79,8 +83,8 @@ def _batch(
             use_cache=False,
             fused_lm_head=True,
         )
-    counts = (labels[:, 1:] != -100).sum(1)
-    return out.log_probs.float().sum(1).double().cpu().numpy(), counts.numpy()
+    found: numpy.ndarray = out.log_probs.float().sum(1).double().cpu().numpy()
+    return found
 
 
 def _padded(rows: Sequence[Ids], value: int) -> Tensor:

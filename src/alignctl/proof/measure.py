@@ -78,15 +78,19 @@ def measure(
     given: list[Ids],
     drawn: Drawn | None,
     settings: Settings,
+    known: Scored | None = None,
 ) -> Measured:
-    """Everything that is asked of `model`; `drawn` are the tuned model's answers, None where it shares no tokens."""
+    """Everything that is asked of `model`; `drawn` are the tuned model's answers, None where there are no prompts.
+
+    `known` are the scores of `lines`, where they need not be computed.
+    """
     pad, precision = encoder.tokenizer.pad_token_id, settings.precision
     with _autocast(model, settings):
         answers = generation.answer(
             model, encoder.tokenizer, given, encoder.stop_ids, settings.max_new_tokens, TOGETHER
         )
     return Measured(
-        likelihood.score(model, lines, pad, precision, settings.batch_size),
+        known or likelihood.score(model, lines, pad, precision, settings.batch_size),
         likelihood.score(model, general(encoder), pad, precision, TEXTS),
         answers,
         likelihood.score(model, drawn.lines(), pad, precision, settings.batch_size) if drawn else None,
