@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -14,6 +15,12 @@ import pytest
 from commandline import invoke
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_collection_finish() -> None:
+    """The libraries are imported and stay: leave their objects out of every collection that training asks for."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

