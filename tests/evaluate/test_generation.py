@@ -28,6 +28,7 @@ SIZES = {
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 8},
+    "mamba": {"state_size": 4},
     "qwen3_next": {
         "layer_types": ["linear_attention", "full_attention"],
         "linear_num_value_heads": 2,
@@ -131,6 +132,14 @@ def test_legs_do_not_change_an_answer(kind: str, monkeypatch: pytest.MonkeyPatch
     for leg in (1, 3, 16):
         assert generated(model, leg, monkeypatch) == whole
     assert generated(model, 3, monkeypatch, batch_size=1) == whole
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "offloaded", "static", "hybrid"])
+def test_the_cache_that_a_model_asks_for_does_not_matter(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    whole = generated(model, 40, monkeypatch)
+    model.generation_config.cache_implementation = cache
+    assert generated(model, 3, monkeypatch) == whole
 
 
 def test_an_answer_that_stopped_is_not_computed_on(monkeypatch: pytest.MonkeyPatch) -> None:

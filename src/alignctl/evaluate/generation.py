@@ -136,6 +136,7 @@ def _generate(
                 eos_token_id=list(stop_ids),
                 pad_token_id=pad,
                 use_cache=True,
+                cache_implementation=None,
                 return_dict_in_generate=True,
                 **{"do_sample": False, **how},
             )
@@ -151,9 +152,9 @@ def _generate(
     return rows
 
 
-def _only(cache: Cache, rows: Tensor) -> Cache | None:
+def _only(cache: Cache | None, rows: Tensor) -> Cache | None:
     """The cache of `rows` alone; None, which is a cache to be filled anew, where a layer's state is more than keys."""
-    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+    if cache is None or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
         return None
     cache.batch_select_indices(rows)
     return cache
